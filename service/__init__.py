@@ -1,0 +1,1 @@
+"""What answers: predictions over HTTP from the newest snapshot, and the command line."""
