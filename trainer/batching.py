@@ -1,0 +1,215 @@
+"""Records in, batches out: decoding one by one, bad records set aside, and the offsets that each batch covers."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from trainer.errors import RecordError
+from trainer.schema import FeatureSchema, Row
+
+CHECKSUM_MODULUS: Final = 1 << 64
+
+
+class Record(NamedTuple):
+    """One record as it lay in the topic."""
+
+    partition: int
+    offset: int
+    timestamp_s: float  # append or create time, seconds since the epoch
+    key: bytes | None
+    value: bytes | None  # None: a tombstone
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+class Rejection(NamedTuple):
+    """A record that cannot be learned from, and why."""
+
+    record: Record
+    error: RecordError
+
+
+class PartitionProgress(BaseModel):
+    """How far one partition has been consumed, and what became of its records; deltas add up.
+
+    `offset_sum` and `offset_square_sum` are taken over trained records, mod 2^64: with `trained` they show from
+    outside that no record was left out or taken twice.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    next_offset: int
+    trained: int = 0
+    rejected: int = 0
+    skipped: int = 0
+    offset_sum: int = 0
+    offset_square_sum: int = 0
+
+    def __add__(self, later: Self) -> Self:
+        return type(self)(
+            next_offset=later.next_offset,
+            trained=self.trained + later.trained,
+            rejected=self.rejected + later.rejected,
+            skipped=self.skipped + later.skipped,
+            offset_sum=(self.offset_sum + later.offset_sum) % CHECKSUM_MODULUS,
+            offset_square_sum=(self.offset_square_sum + later.offset_square_sum) % CHECKSUM_MODULUS,
+        )
+
+
+Progress = Mapping[int, PartitionProgress]
+
+
+def advance(progress: Progress, delta: Progress) -> dict[int, PartitionProgress]:
+    """Progress after what `delta` covers.
+
+    Raises:
+        ValueError: an offset would go backwards; the records would then be learned twice.
+    """
+    result = dict(progress)
+    for partition, step in delta.items():
+        before = result.get(partition)
+        if before is not None and step.next_offset < before.next_offset:
+            raise ValueError(
+                f"partition {partition} would go back from offset {before.next_offset} to {step.next_offset}"
+            )
+        result[partition] = step if before is None else before + step
+    return result
+
+
+class Batch(NamedTuple):
+    """Rows to learn from, with everything that was consumed on the way to them."""
+
+    numeric: NDArray[np.float32]  # (B, F), NaN where missing
+    categorical: NDArray[np.int64]  # (B, C) buckets
+    label: NDArray[np.float64]  # (B,), label units
+    time_s: NDArray[np.float64]  # (B,), event time (else the record's), seconds since the epoch
+    progress: Progress  # what this batch adds, by partition
+    rejected: tuple[Rejection, ...] = ()
+    newest_append_s: float = 0.0  # the youngest record's timestamp
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+class _Tally:
+    """Counts of one partition while a batch fills."""
+
+    __slots__ = ("next_offset", "offsets", "rejected", "skipped")
+
+    def __init__(self) -> None:
+        self.next_offset = 0
+        self.offsets: list[int] = []
+        self.rejected = 0
+        self.skipped = 0
+
+    def progress(self) -> PartitionProgress:
+        return PartitionProgress(
+            next_offset=self.next_offset,
+            trained=len(self.offsets),
+            rejected=self.rejected,
+            skipped=self.skipped,
+            offset_sum=sum(self.offsets) % CHECKSUM_MODULUS,
+            offset_square_sum=sum(offset * offset for offset in self.offsets) % CHECKSUM_MODULUS,
+        )
+
+
+class Batcher:
+    """Turns records into batches of exactly `size` rows, in the order of the records.
+
+    A batch ends with its last row, wherever polls ended: so the batches of a partition depend on nothing but its
+    records, and a resumed run sees the same ones. Only `flush` makes a smaller one.
+    """
+
+    def __init__(self, schema: FeatureSchema, size: int) -> None:
+        self._schema = schema
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
+        self._rows: list[Row] = []
+        self._times: list[float] = []
+        self._tallies: dict[int, _Tally] = {}
+        self._rejected: list[Rejection] = []
+        self._newest = 0.0
+
+    @property
+    def pending(self) -> bool:
+        """Whether records wait for their batch."""
+        return bool(self._tallies)
+
+    def add(self, records: Iterable[Record]) -> Iterator[Batch]:
+        """Takes records in order, and yields a batch whenever one is full."""
+        decode = self._schema.decode
+        for record in records:
+            tally = self._tallies.get(record.partition)
+            if tally is None:
+                tally = self._tallies[record.partition] = _Tally()
+            tally.next_offset = record.offset + 1
+            if record.value is None:
+                tally.skipped += 1
+                continue
+            try:
+                row = decode(record.value)
+            except RecordError as error:
+                tally.rejected += 1
+                self._rejected.append(Rejection(record, error))
+                continue
+            tally.offsets.append(record.offset)
+            self._rows.append(row)
+            self._times.append(record.timestamp_s if row.time_s is None else row.time_s)
+            self._newest = max(self._newest, record.timestamp_s)
+            if len(self._rows) == self._size:
+                yield self.flush()
+
+    def flush(self) -> Batch:
+        """Whatever waits, as a batch; it may have no rows where all records were rejected or skipped."""
+        rows = self._rows
+        batch = Batch(
+            numeric=self._schema.numeric(rows),
+            categorical=self._schema.categorical(rows),
+            label=np.array([row.label for row in rows], dtype=np.float64),
+            time_s=np.array(self._times, dtype=np.float64),
+            progress={partition: tally.progress() for partition, tally in self._tallies.items()},
+            rejected=tuple(self._rejected),
+            newest_append_s=self._newest,
+        )
+        self._start()
+        return batch
+
+
+class Polls(NamedTuple):
+    """How `batches` reads: records a poll, and the wait for a partial batch."""
+
+    max_records: int
+    max_wait_s: float
+
+
+def batches(
+    poll: Callable[[int, float], Sequence[Record]],
+    batcher: Batcher,
+    polls: Polls,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Batch | None]:
+    """Polls for ever; yields each batch, and None after every poll, so that the caller can see to other things.
+
+    A partial batch is flushed once `max_wait_s` has passed since its first record came.
+    """
+    waiting_since: float | None = None
+    while True:
+        left = polls.max_wait_s if waiting_since is None else waiting_since + polls.max_wait_s - clock()
+        full = False
+        for batch in batcher.add(poll(polls.max_records, max(0.0, left))):
+            full = True
+            yield batch
+        if not batcher.pending:
+            waiting_since = None
+        elif waiting_since is None or full:
+            waiting_since = clock()
+        elif clock() - waiting_since >= polls.max_wait_s:
+            waiting_since = None
+            yield batcher.flush()
+        yield None
+

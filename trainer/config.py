@@ -1,0 +1,310 @@
+"""Settings: one TOML file, every key overridable by the environment, unknown keys refused.
+
+A key `[kafka] topic` is overridden by `TAILSTREAM_KAFKA__TOPIC`. Lists may be given there with commas, tables as JSON.
+"""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from trainer.errors import ConfigError
+
+FeatureKind = Literal["numeric", "categorical", "boolean", "vector", "timestamp"]
+
+
+class _Table(BaseModel):
+    """A table of the configuration: frozen, and nothing in it that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FeatureSettings(_Table):
+    """How one field of a record becomes numbers; a bare word in TOML is its `kind`."""
+
+    kind: FeatureKind
+    size: Annotated[int, Field(ge=1, le=65536)] | None = None
+    buckets: Annotated[int, Field(ge=2, le=1 << 24)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if (self.kind == "vector") != (self.size is not None):
+            raise ValueError('a vector needs a size, as in {kind = "vector", size = 64}, and nothing else takes one')
+        if self.buckets is not None and self.kind != "categorical":
+            raise ValueError("only a categorical feature takes buckets")
+        return self
+
+
+class SchemaSettings(_Table):
+    """Which fields of a record (dotted paths) are the label, the features, the id and the event time."""
+
+    label: str = Field(min_length=1, description="Field to learn, by its dotted path.")
+    id: str | None = Field(default=None, description="Field that identifies a record; `publish` uses it as the key.")
+    time: str | None = Field(
+        default=None, description="Event time, ISO 8601 or epoch milliseconds; without it the Kafka timestamp."
+    )
+    features: dict[str, FeatureSettings] = Field(
+        min_length=1,
+        description="Field = kind: `numeric`, `categorical`, `boolean`, `timestamp`, or a table "
+        '`{kind = "vector", size = 64}`, `{kind = "categorical", buckets = 4096}`.',
+    )
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _bare_kinds(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: {"kind": kind} if isinstance(kind, str) else kind for name, kind in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _label_is_no_feature(self) -> Self:
+        if self.label in self.features:
+            raise ValueError(f"the label {self.label!r} is among the features: a model would only copy it")
+        return self
+
+
+class KafkaSettings(_Table):
+    """Where the samples come from."""
+
+    bootstrap_servers: Annotated[list[str], NoDecode] = Field(
+        min_length=1, description="Brokers to ask first, `host:port`."
+    )
+    topic: str = Field(min_length=1, max_length=249, description="Topic of labelled samples.")
+    group: str = Field(default="tailstream", description="Consumer group under which offsets are shown to lag tools.")
+    start: str = Field(
+        default="earliest", description="Where a first start begins: `earliest`, `latest` or an ISO 8601 time."
+    )
+    on_lost_offsets: Literal["fail", "earliest", "latest"] = Field(
+        default="fail", description="What to do when the offsets to resume from have expired."
+    )
+    isolation: Literal["read_committed", "read_uncommitted"] = Field(
+        default="read_committed", description="Whether records of open or aborted transactions are left out."
+    )
+    dead_letter_topic: str = Field(
+        default="", description="Where rejected records go; empty means `<topic>.dead-letters`."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed to the Kafka client as they are: `security_protocol`, `sasl_*`, `ssl_*`.",
+    )
+
+    @field_validator("bootstrap_servers", mode="before")
+    @classmethod
+    def _commas(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _host_and_port(cls, value: list[str]) -> list[str]:
+        for server in value:
+            if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}", server):
+                raise ValueError(f"{server!r} is not host:port")
+        return value
+
+    @field_validator("start")
+    @classmethod
+    def _start_is_a_place(cls, value: str) -> str:
+        if value not in ("earliest", "latest"):
+            from datetime import datetime
+
+            try:
+                datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(f"{value!r} is neither earliest, latest nor an ISO 8601 time") from None
+        return value
+
+    @property
+    def dead_letters(self) -> str:
+        """Name of the topic for rejected records."""
+        return self.dead_letter_topic or f"{self.topic}.dead-letters"
+
+
+class BatchSettings(_Table):
+    """How records are grouped."""
+
+    size: int = Field(default=256, ge=1, le=65536, description="Rows in a full batch.")
+    max_wait_s: float = Field(default=0.5, gt=0, description="A partial batch is trained on after this long.")
+
+
+class SigmaInLabelUnits(_Table):
+    """A fixed sigma in the label's own units."""
+
+    label_units: float = Field(gt=0)
+
+
+class LearnerSettings(_Table):
+    """How the model learns."""
+
+    loss: Literal["bmc", "mse", "l1", "huber"] = Field(
+        default="bmc", description="Loss, by its name: `bmc` is balanced; `mse`, `l1`, `huber` are the plain ones."
+    )
+    sigma: Literal["learned", "adaptive"] | Annotated[float, Field(gt=0)] | SigmaInLabelUnits = Field(
+        default="learned",
+        description="Noise of the gaussian head: `learned`, `adaptive`, a number in label standard deviations, or "
+        "`{label_units = 8.0}`.",
+    )
+    sigma_lr: float = Field(default=1e-2, gt=0, description="Learning rate of a learned sigma.")
+    lr: float = Field(default=2e-3, gt=0, description="Learning rate of Adam.")
+    weight_averaging: float = Field(
+        default=0.98, ge=0, lt=1, description="Decay a step of the averaged weights kept beside the current ones."
+    )
+    step_rows: int = Field(default=64, ge=1, description="Rows of one optimiser step.")
+    replay_steps: int = Field(default=4, ge=0, description="Steps on rows of the replay buffer after each batch.")
+    replay_rows: int = Field(default=16384, ge=1, description="Rows that the replay buffer holds.")
+    label_memory: int = Field(
+        default=512, ge=0, description="Labels of the replay buffer that join the balanced loss of each step."
+    )
+    gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of a gradient.")
+
+
+class ModelSettings(_Table):
+    """What the model is made of."""
+
+    body: str = Field(
+        default="tabular", description="`tabular`, or `my_package.my_module:make_body` for a body of your own."
+    )
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[128, 128], min_length=1, description="Widths of the tabular body's layers."
+    )
+    embedding: int = Field(default=8, ge=1, description="Numbers that stand for one category.")
+    category_buckets: int = Field(
+        default=1024, ge=2, le=1 << 24, description="Buckets that a feature's categories are hashed to."
+    )
+    head: Literal["gaussian"] = Field(default="gaussian", description="Shape of the predicted density.")
+
+    @field_validator("body")
+    @classmethod
+    def _body_is_importable(cls, value: str) -> str:
+        if value != "tabular" and not re.fullmatch(r"[\w.]+:\w+", value):
+            raise ValueError(f'{value!r} is neither "tabular" nor "package.module:function"')
+        return value
+
+
+class StoreSettings(_Table):
+    """Where snapshots live."""
+
+    url: str = Field(default="./snapshots", description="Folder of snapshots, shared by trainer and service.")
+    interval_s: float = Field(
+        default=0.5, ge=0, description="Seconds between snapshots; stretched so that saving takes at most a 20th."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if "://" in value and not value.startswith("file://"):
+            raise ValueError(f"{value!r} is not a folder: give a path or a file:// URL")
+        return value
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return Path(self.url.removeprefix("file://"))
+
+
+class TrainerSettings(_Table):
+    """The trainer process."""
+
+    metrics_host: str = Field(default="127.0.0.1", description="Address of the trainer's own `/metrics`.")
+    metrics_port: int = Field(default=9101, ge=0, le=65535, description="Its port; 0 takes a free one.")
+    metrics_interval_s: float = Field(default=1.0, gt=0, description="How often metrics are read off the device.")
+    stop_grace_s: float = Field(default=20.0, gt=0, description="Longest time that a clean stop may take.")
+    log_format: Literal["auto", "console", "json"] = Field(
+        default="auto", description="Log lines for people or for machines; `auto` looks whether a terminal reads them."
+    )
+
+
+class ServiceSettings(_Table):
+    """The service process."""
+
+    host: str = Field(default="127.0.0.1", description="Address to bind.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    default_balance: float = Field(
+        default=0.5, ge=0, le=1, description="Label prior of an answer that asks for none: 0 the stream's, 1 balanced."
+    )
+    api_keys_file: str = Field(
+        default="", description="File of API keys, one `name:key` a line; without one only loopback may be bound."
+    )
+    allow_unauthenticated: bool = Field(
+        default=False, description="Allow binding other addresses than loopback without API keys."
+    )
+    poll_interval_s: float = Field(default=0.2, gt=0, description="How often the store is looked at for a new version.")
+    max_model_age_s: float | None = Field(
+        default=None, gt=0, description="Not ready when the model is older than this while the trainer lags."
+    )
+    max_body_bytes: int = Field(default=8 << 20, ge=1024, description="Largest request body; past it 413.")
+    max_instances: int = Field(default=4096, ge=1, description="Most instances a request; past it 422.")
+    max_queue: int = Field(default=1024, ge=1, description="Most requests waiting; past it 503 with Retry-After.")
+
+
+class Settings(BaseSettings):
+    """The whole configuration, as `load` reads it."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="TAILSTREAM_",
+        env_prefix_target="all",
+        env_nested_delimiter="__",
+        validate_by_alias=True,
+        validate_by_name=True,
+    )
+
+    task: Literal["regression"] = Field(default="regression", description="What is learned.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of everything random.")
+    threads: int = Field(
+        default=1, ge=1, description="CPU threads that torch may use; small models are fastest with one."
+    )
+    kafka: KafkaSettings
+    # `schema` is a method of pydantic's own; the table keeps the short name.
+    record_schema: SchemaSettings = Field(alias="schema")
+    batch: BatchSettings = BatchSettings()
+    learner: LearnerSettings = LearnerSettings()
+    model: ModelSettings = ModelSettings()
+    store: StoreSettings = StoreSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    service: ServiceSettings = ServiceSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file, which arrives as keyword arguments."""
+        return env_settings, init_settings
+
+
+def load(path: Path) -> Settings:
+    """Reads the configuration file, with the environment laid over it.
+
+    Raises:
+        ConfigError: the file is absent, is not TOML, or a key is missing, unknown or has an unusable value.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {path}; see the README for one to start from") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+    try:
+        return Settings(**tables)
+    except ValidationError as error:
+        raise ConfigError(_explain(path, error)) from error
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    lines = [f"{path} (with TAILSTREAM_* from the environment) cannot be used:"]
+    for problem in error.errors(include_url=False):
+        where = ".".join(str(part) for part in problem["loc"])
+        what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
+        lines.append(f"  {where}: {what}")
+    return "\n".join(lines)

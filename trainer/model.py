@@ -1,0 +1,256 @@
+"""The network: running feature scaling, a body, a head, and the label scaling that is undone outside it.
+
+Everything here is what inference needs, and all of it is in `model.safetensors`. Inside, labels are in standard
+deviations from the running mean; outside, in the label's own units.
+"""
+
+import importlib
+import itertools
+import math
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import LearnerSettings, ModelSettings, SigmaInLabelUnits
+from trainer.errors import ConfigError
+from trainer.losses import NoiseSigma
+from trainer.predictive import Components, LearnedPrior
+from trainer.schema import FeatureSchema
+
+TRAINING_REACH: Final = 50.0  # standard deviations; nearer bounds hide the rare rows that matter (delays, claims)
+SMALLEST_SD: Final = 1e-3  # of a feature: below it the feature is constant so far, and is not blown up
+HEAD_INIT: Final = 0.02
+LEARNED_PRIOR: Final[dict[str, LearnedPrior]] = {"bmc": "uniform", "mse": "stream", "l1": "stream", "huber": "stream"}
+
+
+class FeatureScaler(nn.Module):
+    """Standardises numeric features by the mean and variance of all rows observed, missing values apart.
+
+    Buffers (float64, one value a column, F columns): `count`, `mean`, `squares` (sum of squared deviations), `low`,
+    `high` (the range observed).
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        for name, value in (("count", 0.0), ("mean", 0.0), ("squares", 0.0), ("low", math.inf), ("high", -math.inf)):
+            self.register_buffer(name, torch.full((columns,), value, dtype=torch.float64))
+
+    @torch.no_grad()
+    def observe(self, numeric: Tensor) -> None:
+        """Takes rows (B, F), NaN where missing, into the statistics.
+
+        Pairwise update of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for computing
+        sample variances".
+        """
+        values = numeric.double()
+        present = ~values.isnan()
+        count = present.sum(0).double()
+        known = torch.where(present, values, 0.0)
+        mean = known.sum(0) / count.clamp(min=1)
+        squares = torch.where(present, values - mean, 0.0).square().sum(0)
+        total = self.count + count
+        shift = mean - self.mean
+        share = count / total.clamp(min=1)
+        self.squares += squares + shift.square() * self.count * share
+        self.mean += shift * share
+        self.count.copy_(total)
+        torch.minimum(self.low, torch.where(present, values, math.inf).amin(0), out=self.low)
+        torch.maximum(self.high, torch.where(present, values, -math.inf).amax(0), out=self.high)
+
+    def forward(self, numeric: Tensor) -> Tensor:
+        """Rows (B, F), NaN where missing -> (B, 2F): the standardised columns (0 where missing), then 1 for missing.
+
+        In training a value may lie up to 50 standard deviations out. At prediction each column is held to the range
+        trained on so far: beyond it a network only extrapolates, and features that grow for ever (a year, a counter)
+        would leave every range.
+        """
+        sd = (self.squares / self.count.clamp(min=1)).sqrt()
+        scale = torch.where(sd < SMALLEST_SD, 1.0, sd)
+        values = numeric.double()
+        if not self.training:
+            values = torch.minimum(torch.maximum(values, self.low), self.high)
+        values = ((values - self.mean) / scale).clamp(-TRAINING_REACH, TRAINING_REACH)
+        missing = numeric.isnan()
+        return torch.cat([torch.where(missing, 0.0, values), missing], dim=1).float()
+
+
+class LabelScaler(nn.Module):
+    """Mean and standard deviation of all labels observed, in label units; 0 and 1 before the first.
+
+    Buffers (0-dim, float64): `count`, `mean`, `squares`.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("count", "mean", "squares"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    @property
+    def sd(self) -> Tensor:
+        """Standard deviation, 0-dim, label units; 1 while all labels are equal."""
+        sd = (self.squares / self.count.clamp(min=1)).sqrt()
+        return torch.where(sd > 0, sd, 1.0)
+
+    @torch.no_grad()
+    def observe(self, labels: Tensor) -> None:
+        """Takes labels (B,), label units, into the statistics (the pairwise update of `FeatureScaler`)."""
+        labels = labels.double()
+        mean = labels.mean()
+        total = self.count + len(labels)
+        shift = mean - self.mean
+        share = len(labels) / total
+        self.squares += (labels - mean).square().sum() + shift.square() * self.count * share
+        self.mean += shift * share
+        self.count.copy_(total)
+
+    def standardise(self, labels: Tensor) -> Tensor:
+        """Labels (B,) in label units -> (B,) float32 in standard deviations."""
+        return ((labels.double() - self.mean) / self.sd).float()
+
+    def restore(self, labels: Tensor) -> Tensor:
+        """Labels (B,) in standard deviations -> (B,) float64 in label units."""
+        return labels.double() * self.sd + self.mean
+
+
+class TabularBody(nn.Module):
+    """Embeddings of hashed categories beside the numeric columns, then fully connected layers with ReLU.
+
+    Attributes:
+        out_features: width H of what `forward` returns.
+    """
+
+    offsets: Tensor
+
+    def __init__(self, schema: FeatureSchema, hidden: list[int], embedding: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(max(1, sum(schema.buckets)), embedding)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        starts = torch.tensor([0, *schema.buckets], dtype=torch.int64).cumsum(0)[:-1]
+        self.register_buffer("offsets", starts, persistent=False)
+        widths = [schema.numeric_width + embedding * len(schema.buckets), *hidden]
+        self.layers = nn.Sequential()
+        for width_in, width_out in itertools.pairwise(widths):
+            self.layers.extend([nn.Linear(width_in, width_out), nn.ReLU()])
+        self.out_features = hidden[-1]
+
+    def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:
+        """Standardised columns (B, 2F) float32 and buckets (B, C) int64 -> features (B, H) float32."""
+        embedded = self.embedding(categorical + self.offsets).flatten(1)
+        features: Tensor = self.layers(torch.cat([numeric, embedded], dim=1))
+        return features
+
+
+class GaussianHead(nn.Module):
+    """h(y|x) = N(y; f(x), sigma^2), one sigma for all rows: the form in which Balanced MSE was published.
+
+    Ren et al., "Balanced MSE for Imbalanced Visual Regression" (CVPR 2022), arXiv 2203.16427.
+    """
+
+    def __init__(self, in_features: int, noise: NoiseSigma) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, 1)
+        nn.init.normal_(self.linear.weight, std=HEAD_INIT)
+        nn.init.zeros_(self.linear.bias)
+        self.noise = noise
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, H) -> location f (B,), label standard deviations."""
+        return self.linear(features).squeeze(1)  # type: ignore[no-any-return]
+
+    def components(self, location: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The density as a mixture of one: log weights, means and scales, each (B, 1), label standard deviations."""
+        means = location[:, None]
+        return torch.zeros_like(means), means, self.noise.value().expand_as(means)
+
+    @torch.no_grad()
+    def rescale(self, ratio: Tensor, shift: Tensor) -> None:
+        """Keeps predictions and noise in label units when the label scaling moves (Pop-Art).
+
+        van Hasselt et al., "Learning values across many orders of magnitude" (NeurIPS 2016), arXiv 1602.07714.
+
+        Args:
+            ratio: old standard deviation / new one, 0-dim.
+            shift: (old mean - new mean) / new standard deviation, 0-dim.
+        """
+        self.linear.weight.mul_(ratio)
+        self.linear.bias.mul_(ratio).add_(shift)
+        self.noise.rescale(ratio)
+
+
+class Model(nn.Module):
+    """Feature scaling, body, head and label scaling in one."""
+
+    def __init__(self, body: nn.Module, head: GaussianHead, columns: int) -> None:
+        super().__init__()
+        self.features = FeatureScaler(columns)
+        self.body = body
+        self.head = head
+        self.labels = LabelScaler()
+
+    def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:
+        """Raw columns (B, F), NaN where missing, and buckets (B, C) -> location f (B,), label standard deviations."""
+        location: Tensor = self.head(self.body(self.features(numeric), categorical))
+        return location
+
+    def components(self, location: Tensor) -> Components:
+        """What `forward` gave, as the density h(y|x) that `trainer.predictive` answers from."""
+        return Components(*self.head.components(location), self.labels.mean, self.labels.sd)
+
+    @torch.no_grad()
+    def observe(self, numeric: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes rows (B, F) and labels (B,) into the running statistics.
+
+        Returns:
+            The ratio and shift by which the label scaling moved, for `GaussianHead.rescale`.
+        """
+        self.features.observe(numeric)
+        mean, sd = self.labels.mean.clone(), self.labels.sd
+        self.labels.observe(labels)
+        new_sd = self.labels.sd
+        return (sd / new_sd).float(), ((mean - self.labels.mean) / new_sd).float()
+
+
+def build_model(schema: FeatureSchema, model: ModelSettings, learner: LearnerSettings) -> Model:
+    """A fresh model as the configuration describes it, its weights drawn from torch's global generator.
+
+    Raises:
+        ConfigError: a body of the user's own cannot be imported, or has no `out_features`.
+    """
+    if model.body == "tabular":
+        body: nn.Module = TabularBody(schema, model.hidden, model.embedding)
+    else:
+        body = _import_body(model.body, schema)
+    out_features = getattr(body, "out_features", None)
+    if not isinstance(out_features, int):
+        raise ConfigError(f"model.body: {model.body!r} made {type(body).__name__}, which has no integer out_features")
+    sigma = learner.sigma
+    if isinstance(sigma, SigmaInLabelUnits):
+        noise = NoiseSigma("fixed", init=sigma.label_units, in_label_units=True)
+    elif isinstance(sigma, str):
+        noise = NoiseSigma(sigma)
+    else:
+        noise = NoiseSigma("fixed", init=sigma)
+    return Model(body, GaussianHead(out_features, noise), len(schema.numeric_columns))
+
+
+def _import_body(path: str, schema: FeatureSchema) -> nn.Module:
+    module, _, function = path.partition(":")
+    try:
+        make_body = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.body: {path!r} cannot be imported: {error}") from error
+    body = make_body(schema)
+    if not isinstance(body, nn.Module):
+        raise ConfigError(f"model.body: {path!r} returned {type(body).__name__}, not a torch.nn.Module")
+    return body

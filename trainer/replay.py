@@ -1,0 +1,63 @@
+"""The buffer of recent rows that replay steps and the label memory are both drawn from."""
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+COLUMNS: Final = ("numeric", "categorical", "label")
+
+
+class ReplayBuffer:
+    """A ring of the newest rows, on the model's device; its positions are kept on the host, so drawing waits for nothing.
+
+    Attributes:
+        numeric: (N, F) float32, NaN where missing.
+        categorical: (N, C) int64.
+        label: (N,) float64, label units: they are standardised when used, as the scaling moves.
+        seen: rows ever added; row number s lies in slot s % N.
+    """
+
+    def __init__(self, rows: int, columns: int, categories: int, device: torch.device) -> None:
+        self.numeric = torch.zeros(rows, columns, dtype=torch.float32, device=device)
+        self.categorical = torch.zeros(rows, categories, dtype=torch.int64, device=device)
+        self.label = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return min(self.seen, len(self.label))
+
+    def add(self, numeric: Tensor, categorical: Tensor, label: Tensor) -> NDArray[np.int64]:
+        """Adds rows (B, F), (B, C), (B,), the oldest giving way.
+
+        Returns:
+            The slots (B,) they lie in, row by row. Where B exceeds N only the last N rows keep theirs.
+        """
+        capacity = len(self.label)
+        slots = (self.seen + np.arange(len(label))) % capacity
+        kept = slice(max(0, len(label) - capacity), None)
+        index = torch.from_numpy(slots[kept]).to(self.label.device, non_blocking=True)
+        self.numeric[index] = numeric[kept]
+        self.categorical[index] = categorical[kept]
+        self.label[index] = label[kept]
+        self.seen += len(label)
+        return slots
+
+    def draw(self, rows: int, random: np.random.Generator) -> NDArray[np.int64]:
+        """Distinct slots of rows held, `rows` of them or as many as there are, in random order."""
+        held = len(self)
+        return random.choice(held, min(rows, held), replace=False)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the rows held and the number ever seen."""
+        held = len(self)
+        state = {name: getattr(self, name)[:held].clone() for name in COLUMNS}
+        return {**state, "seen": torch.tensor(self.seen, dtype=torch.int64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave."""
+        for name in COLUMNS:
+            getattr(self, name)[: len(state[name])] = state[name].to(self.label.device)
+        self.seen = int(state["seen"])

@@ -1,0 +1,343 @@
+"""What a record is: which fields of a JSON object are features, label, id and event time, and how they become numbers.
+
+Trainer and service decode with the same `FeatureSchema`, so what is predicted is read exactly as what was learned.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from operator import attrgetter
+from typing import Annotated, Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from trainer.config import FeatureSettings, SchemaSettings
+from trainer.errors import ConfigError, RecordError
+
+FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+CATEGORY_CACHE: Final = 1 << 16  # categories remembered per feature; past it the cache starts again
+TIMESTAMP_COLUMNS: Final = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "yearday_sin", "yearday_cos")
+
+Scalar = str | int | float | bool | None
+LEAF_TYPES: Final[dict[str, Any]] = {
+    "numeric": float | None,
+    "boolean": bool | None,
+    "categorical": Scalar,
+    "timestamp": str | int | float | None,
+    "label": float | None,
+    "identity": Scalar,
+    "ignored": msgspec.Raw,
+}
+
+
+class Row(NamedTuple):
+    """One decoded record, features in the order of the schema's columns."""
+
+    numeric: tuple[float | None, ...]  # F values, None where missing
+    categorical: tuple[int, ...]  # C buckets, 0 where missing
+    label: float  # NaN where the record was decoded for prediction
+    time_s: float | None  # event time, seconds since the epoch
+
+
+class FeatureSchema:
+    """Decodes records and arranges their features in columns.
+
+    Attributes:
+        settings: the `[schema]` table it was made from.
+        numeric_columns: F names; a vector takes one column an element, a timestamp six (sine and cosine of the hour,
+            the weekday and the day of the year).
+        categorical_columns: C names.
+        buckets: C sizes; bucket 0 of each stands for a missing value.
+        instance_type: a msgspec type for one record without its label, to build request types from.
+    """
+
+    def __init__(self, settings: SchemaSettings, category_buckets: int) -> None:
+        self.settings = settings
+        kinds = settings.features
+        self.categorical_columns = tuple(name for name, f in kinds.items() if f.kind == "categorical")
+        self.buckets = tuple(kinds[name].buckets or category_buckets for name in self.categorical_columns)
+        self.numeric_columns = tuple(column for name, f in kinds.items() for column in _columns(name, f))
+        self._record_type, self._get = _compile(settings, labelled=True)
+        self.instance_type, self._get_unlabelled = _compile(settings, labelled=False)
+        self._decode_record = msgspec.json.Decoder(self._record_type).decode
+        self._decode_instance = msgspec.json.Decoder(self.instance_type).decode
+        self._plain = all(f.kind in ("numeric", "boolean", "categorical") for f in kinds.values())
+        self._wide = [(name, f.kind) for name, f in kinds.items() if f.kind != "categorical"]
+        self._caches: tuple[dict[str | float, int], ...] = tuple({} for _ in self.buckets)
+
+    def decode(self, value: bytes) -> Row:
+        """Reads one labelled record.
+
+        Raises:
+            RecordError: with reason `not_json`, `wrong_type`, `not_finite` or `no_label`.
+        """
+        try:
+            fields = self._get(self._decode_record(value))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise explain(error) from None
+        row = self._row(fields)
+        if math.isnan(row.label):
+            raise RecordError("no_label", f"the label {self.settings.label!r} is missing or null", self.settings.label)
+        return row
+
+    def decode_instance(self, value: bytes) -> Row:
+        """Reads one record to predict for; a label in it is ignored.
+
+        Raises:
+            RecordError: with reason `not_json`, `wrong_type` or `not_finite`.
+        """
+        try:
+            return self.row(self._decode_instance(value))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise explain(error) from None
+
+    def row(self, instance: Any) -> Row:
+        """The row of an object of `instance_type`.
+
+        Raises:
+            RecordError: with reason `not_finite`, or `wrong_type` for a timestamp that is none.
+        """
+        return self._row(self._get_unlabelled(instance))
+
+    def numeric(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Numeric features of rows, (B, F), NaN where missing."""
+        if not self.numeric_columns:
+            return np.empty((len(rows), 0), dtype=np.float32)
+        return np.array([row.numeric for row in rows], dtype=np.float32).reshape(len(rows), -1)
+
+    def categorical(self, rows: Sequence[Row]) -> NDArray[np.int64]:
+        """Categorical features of rows, (B, C), as buckets."""
+        return np.array([row.categorical for row in rows], dtype=np.int64).reshape(len(rows), len(self.buckets))
+
+    def from_csv(self, cells: Mapping[str, str | None]) -> dict[str, Any]:
+        """A record from a line of CSV, each cell typed by the schema, an empty one null.
+
+        A cell that is not of its type stays text, so that it is rejected where every record is judged.
+        """
+        record: dict[str, Any] = {}
+        for column, cell in cells.items():
+            *parents, leaf = column.split(".") if column in self._paths else [column]
+            table = record
+            for parent in parents:
+                table = table.setdefault(parent, {})
+            table[leaf] = _typed(cell, self._paths.get(column))
+        return record
+
+    @property
+    def numeric_width(self) -> int:
+        """Width of the numeric input of a body: F standardised columns, then F that are 1 where a value is missing."""
+        return 2 * len(self.numeric_columns)
+
+    @property
+    def _paths(self) -> dict[str, str]:
+        return {**{name: f.kind for name, f in self.settings.features.items()}, self.settings.label: "numeric"}
+
+    def identity(self, record: Mapping[str, Any]) -> str | None:
+        """The record's id as text, None where the schema names none or the record has none."""
+        value: Any = record
+        for part in (self.settings.id or "").split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return None if value is None or isinstance(value, dict | list) else category_text(value)
+
+    def _row(self, fields: tuple[Any, ...]) -> Row:
+        label, time, numeric, categorical = fields
+        if not self._plain:
+            numeric = self._widen(numeric)
+        for column, value in enumerate(numeric):
+            if value is not None and not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+                name = self.numeric_columns[column]
+                raise RecordError("not_finite", f"feature {name!r} is {value!r}: too large for a 32-bit float", name)
+        if label is not None and not -FLOAT32_MAX <= label <= FLOAT32_MAX:
+            name = self.settings.label
+            raise RecordError("not_finite", f"the label {name!r} is {label!r}: too large for a 32-bit float", name)
+        buckets = tuple(
+            cache[value] if type(value) is str and value in cache else self._bucket(feature, value)
+            for feature, (value, cache) in enumerate(zip(categorical, self._caches, strict=True))
+        )
+        return Row(numeric, buckets, math.nan if label is None else label, None if time is None else _seconds(time))
+
+    def _bucket(self, feature: int, value: Scalar) -> int:
+        if value is None:
+            return 0
+        text = category_text(value)
+        cache = self._caches[feature]
+        bucket = cache.get(text)
+        if bucket is None:
+            if len(cache) >= CATEGORY_CACHE:
+                cache.clear()
+            name = self.categorical_columns[feature]
+            key = f"{name}\0{text}".encode("utf-8", "surrogatepass")
+            bucket = cache[text] = 1 + xxhash.xxh3_64_intdigest(key) % (self.buckets[feature] - 1)
+        return bucket
+
+    def _widen(self, values: tuple[Any, ...]) -> tuple[float | None, ...]:
+        """Spreads vectors and timestamps over their columns."""
+        wide: list[float | None] = []
+        for (name, kind), value in zip(self._wide, values, strict=True):
+            if kind == "vector":
+                size = self.settings.features[name].size or 0
+                wide.extend([None] * size if value is None else value)
+            elif kind == "timestamp":
+                wide.extend(_cycles(name, value))
+            else:
+                wide.append(value)
+        return tuple(wide)
+
+
+def category_text(value: str | int | float | bool) -> str:
+    """The text of a JSON scalar, so that 1, 1.0 and "1" are one category."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return repr(value)
+
+
+def explain(error: Exception) -> RecordError:
+    """A RecordError that says what a decoder found, and in which field."""
+    text = str(error)
+    if not isinstance(error, msgspec.ValidationError):
+        return RecordError("not_json", "nested too deeply" if isinstance(error, RecursionError) else text)
+    match = re.fullmatch(r"(?P<what>.*) - at `\$(?P<path>.*)`", text, re.DOTALL)
+    what, path = (match["what"], match["path"].removeprefix(".")) if match else (text, "")
+    reason = "not_finite" if what == "Number out of range" else "wrong_type"
+    return RecordError(reason, f"{path}: {what}" if path else what, path)
+
+
+def _columns(name: str, feature: FeatureSettings) -> list[str]:
+    match feature.kind:
+        case "categorical":
+            return []
+        case "vector":
+            return [f"{name}[{i}]" for i in range(feature.size or 0)]
+        case "timestamp":
+            return [f"{name}.{cycle}" for cycle in TIMESTAMP_COLUMNS]
+        case _:
+            return [name]
+
+
+def _compile(settings: SchemaSettings, *, labelled: bool) -> tuple[type[Any], Callable[[Any], tuple[Any, ...]]]:
+    """A msgspec type for the record, and a function from its objects to (label, time, numeric, categorical)."""
+    leaves: dict[str, Any] = {}
+    if settings.time:
+        leaves[settings.time] = LEAF_TYPES["identity"]
+    for name, feature in settings.features.items():
+        leaves[name] = _vector_type(feature.size) if feature.kind == "vector" else LEAF_TYPES[feature.kind]
+    if labelled:
+        leaves[settings.label] = LEAF_TYPES["label"]
+
+    root: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split(".")
+        table = root
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"schema: {path!r} lies inside {parent!r}, which is itself a field")
+        if last in table:
+            raise ConfigError(f"schema: {path!r} is a field and has fields inside it")
+        table[last] = leaf
+    attributes: dict[str, str] = {}
+    record_type = _struct("Record", root, "", "", attributes)
+
+    def getter(paths: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+        if not paths:
+            return lambda record: ()
+        names = [attributes[path] for path in paths]
+        fast = attrgetter(*names)
+
+        def get(record: Any) -> tuple[Any, ...]:
+            try:
+                values = fast(record)
+            except AttributeError:  # a parent object is null
+                values = tuple(_walk(record, name) for name in names)
+                return values
+            return values if len(names) > 1 else (values,)
+
+        return get
+
+    numeric = getter([name for name, f in settings.features.items() if f.kind != "categorical"])
+    categorical = getter([name for name, f in settings.features.items() if f.kind == "categorical"])
+    label = getter([settings.label] if labelled else [])
+    time = getter([settings.time] if settings.time else [])
+
+    def get(record: Any) -> tuple[Any, ...]:
+        return (*(label(record) or (None,)), *(time(record) or (None,)), numeric(record), categorical(record))
+
+    return record_type, get
+
+
+def _struct(name: str, table: dict[str, Any], path: str, attribute: str, attributes: dict[str, str]) -> type[Any]:
+    """A msgspec struct for one level of a record; JSON keys need not be identifiers, so attributes are numbered."""
+    fields: list[Any] = []
+    keys: dict[str, str] = {}
+    for number, (key, leaf) in enumerate(table.items()):
+        field = f"f{number}"
+        keys[field] = key
+        inner_path, inner_attribute = f"{path}{key}", f"{attribute}{field}"
+        if isinstance(leaf, dict):
+            inner = _struct(f"{name}_{number}", leaf, f"{inner_path}.", f"{inner_attribute}.", attributes)
+            fields.append((field, inner | None, None))
+        else:
+            attributes[inner_path] = inner_attribute
+            fields.append((field, leaf, None))
+    return msgspec.defstruct(name, fields, rename=keys, frozen=True, gc=False)
+
+
+def _walk(record: Any, attribute: str) -> Any:
+    for part in attribute.split("."):
+        record = None if record is None else getattr(record, part)
+    return record
+
+
+def _vector_type(size: int | None) -> Any:
+    return Annotated[list[float], msgspec.Meta(min_length=size, max_length=size)] | None
+
+
+def _seconds(value: str | int | float) -> float | None:
+    """Epoch milliseconds or ISO 8601 (without an offset: UTC) as seconds since the epoch; None if it is neither."""
+    try:
+        if not isinstance(value, str):
+            return datetime.fromtimestamp(value / 1000, UTC).timestamp()
+        time = datetime.fromisoformat(value)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def _cycles(name: str, value: str | int | float | None) -> list[float | None]:
+    if value is None:
+        return [None] * len(TIMESTAMP_COLUMNS)
+    seconds = _seconds(value)
+    if seconds is None:
+        raise RecordError("wrong_type", f"{name}: {value!r} is neither ISO 8601 nor epoch milliseconds", name)
+    time = datetime.fromtimestamp(seconds, UTC)
+    hour = time.hour + time.minute / 60 + time.second / 3600
+    turns = (hour / 24, (time.weekday() + hour / 24) / 7, (time.timetuple().tm_yday - 1 + hour / 24) / 365.25)
+    return [wave(2 * math.pi * turn) for turn in turns for wave in (math.sin, math.cos)]
+
+
+def _typed(cell: str | None, kind: str | None) -> Any:
+    if cell is None or cell == "":
+        return None
+    try:
+        match kind:
+            case "numeric":
+                number = float(cell)
+                return number if math.isfinite(number) else cell
+            case "boolean":
+                return {"true": True, "1": True, "false": False, "0": False}.get(cell.strip().lower(), cell)
+            case "vector":
+                return msgspec.json.decode(cell)
+            case "timestamp":
+                return int(cell) if re.fullmatch(r"-?\d+", cell) else cell
+            case _:
+                return cell
+    except (ValueError, msgspec.DecodeError):
+        return cell
