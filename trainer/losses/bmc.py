@@ -1,0 +1,180 @@
+"""Balanced MSE by batch-based Monte Carlo (BMC), exact, without the B x M matrix.
+
+Source: Ren, Zhang, Yu, Liu, "Balanced MSE for Imbalanced Visual Regression", CVPR 2022 (arXiv 2203.16427), BMC:
+
+    loss_i = 2 v (-log softmax_j(-|p_i - y_j|^2 / 2 v))[own label],   v = sigma^2, the factor 2 v detached
+           = q_i + 2 v log sum_j w_j exp(-q_ij / 2 v),                q_ij = |p_i - y_j|^2 - |p_i - r_i|^2
+
+for any reference r_i. With r_i the candidate nearest to p_i nothing cancels. The gradients are means under the softmax,
+so two vectors are all that the backward needs:
+
+    d loss_i / d p_i = 2 (E[y_j] - y_i)
+    d loss_i / d sigma = 2 (E[q_ij] - q_i) / sigma      (of the cross-entropy, times the detached 2 v)
+
+Were 2 v not detached, the derivative by v would be 2 H(softmax) >= 0 whatever the data: sigma could only shrink, to 0,
+where the loss is plain MSE. Detached, it settles where E[|p - y_j|^2] = mean |p - y|^2, at the noise level.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from trainer.losses.dense_softmax import dense_moments
+from trainer.losses.rows import Reduction, as_rows, finite_rows, reduce_rows
+
+# Far below any noise, far above where sigma squared leaves float32.
+SMALLEST_SIGMA = 1e-12
+
+_warned = set[str]()
+
+
+def bmc_loss(
+    pred: Tensor,
+    target: Tensor,
+    noise_sigma: Tensor | float,
+    *,
+    memory: Tensor | None = None,
+    memory_log_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Balanced MSE (BMC): each row's own label against the labels of the batch and of a memory.
+
+    A row whose prediction or label is not finite has loss and gradient 0, and a label that is not finite is no
+    candidate; `finite_rows` counts such rows. On any device but the CPU nothing waits for the host.
+
+    Args:
+        pred: (B,), (B, 1) or (B, D) predictions, in the unit of the labels. Half precision is upcast.
+        target: (B,), (B, 1) or (B, D) labels. Each is a candidate exactly once.
+        noise_sigma: 0-dim or (1,), the standard deviation of the noise in the unit of the labels; its sign is ignored.
+        memory: (M,), (M, 1) or (M, D) further candidates, in the unit of the labels, the rows' own not among them.
+        memory_log_weights: (M,) log of each candidate's weight beside the batch's log 1 = 0; -inf = masked out.
+        reduction: `mean` over the finite rows, `sum`, or `none` for (B,).
+
+    Returns:
+        The loss in squared label units, 0-dim or (B,); float64 if `pred` is, else float32.
+
+    Raises:
+        ValueError: Shapes that do not belong together, or an unknown reduction.
+    """
+    pred, target = as_rows(pred, target)
+    sigma = torch.as_tensor(noise_sigma, device=pred.device)
+    if sigma.numel() != 1:
+        raise ValueError(f"noise_sigma has shape {tuple(sigma.shape)}: give one number for the batch")
+    labels, log_weights, peak_is_zero = _candidates(target, memory, memory_log_weights)
+    if len(labels) == 1:
+        _warn_once("a batch of one row without a label memory: its BMC loss is 0 and teaches nothing")
+    keep = finite_rows(pred.detach(), target)
+    # A row left out is moved onto a candidate, where all computed for it is finite; its results are then dropped.
+    keep_values = keep if pred.dim() == 1 else keep[:, None]
+    sigma = sigma.reshape(()).abs().clamp(min=SMALLEST_SIGMA)
+    loss: Tensor = _BalancedMSE.apply(  # type: ignore[no-untyped-call]
+        torch.where(keep_values, pred, labels[0]),
+        sigma,
+        torch.where(keep_values, target, labels[0]),
+        labels,
+        log_weights,
+        peak_is_zero,
+    )
+    return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
+
+
+class BMCLoss(nn.Module):
+    """Balanced MSE (BMC) with a learned sigma, a drop-in for the module of the same name in the paper's code.
+
+    `criterion(pred, target)` takes (B,), (B, 1) or (B, D) of each; give sigma its own learning rate with
+    `optimizer.add_param_group({"params": criterion.noise_sigma, "lr": 1e-2})`.
+
+    Attributes:
+        noise_sigma: 0-dim parameter, the noise's standard deviation in the unit of the labels.
+        nonfinite_rows: 0-dim int64 buffer, how many rows were left out because a value was not finite.
+    """
+
+    nonfinite_rows: Tensor
+
+    def __init__(self, init_noise_sigma: float = 1.0) -> None:
+        super().__init__()
+        self.noise_sigma = nn.Parameter(torch.tensor(float(init_noise_sigma)))
+        self.register_buffer("nonfinite_rows", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        memory: Tensor | None = None,
+        memory_log_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Average loss of the batch, 0-dim, in squared label units: `bmc_loss` with this module's sigma."""
+        self.nonfinite_rows += (~finite_rows(pred.detach(), target)).sum()
+        return bmc_loss(pred, target, self.noise_sigma, memory=memory, memory_log_weights=memory_log_weights)
+
+
+class _BalancedMSE(torch.autograd.Function):
+    """Losses of the rows. Their gradients are computed with them: nothing of size B x M outlives the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        sigma: Tensor,
+        target: Tensor,
+        labels: Tensor,
+        log_weights: Tensor | None,
+        peak_is_zero: bool,
+    ) -> Tensor:
+        sigma = sigma.to(pred.dtype)
+        reference, log_sum, mean_shift, mean_excess = dense_moments(
+            pred, labels, log_weights, sigma.square(), peak_is_zero
+        )
+        own_shift = target - reference
+        own_excess = own_shift * (own_shift + 2 * (reference - pred))
+        if pred.dim() == 2:
+            own_excess = own_excess.sum(1)
+        ctx.save_for_backward(2 * (mean_shift - own_shift), 2 * (mean_excess - own_excess) / sigma)
+        return own_excess + 2 * sigma.square() * log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pred_grad, sigma_grad = ctx.saved_tensors
+        grad_pred = (grad if pred_grad.dim() == 1 else grad[:, None]) * pred_grad
+        return grad_pred, (grad * sigma_grad).sum(), None, None, None, None
+
+
+def _candidates(
+    target: Tensor, memory: Tensor | None, memory_log_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The candidate labels, their log weights, and whether those are all 0 or -inf (the largest exponent is then 0)."""
+    labels, log_weights = target, None
+    if memory is not None and len(memory):
+        memory = memory.detach().to(target.dtype)
+        memory = memory[:, 0] if memory.dim() == 2 and memory.shape[1] == 1 else memory
+        if memory.shape[1:] != target.shape[1:]:
+            raise ValueError(f"memory {tuple(memory.shape)} does not hold labels like those of {tuple(target.shape)}")
+        labels = torch.cat([target, memory])
+        if memory_log_weights is not None:
+            if memory_log_weights.shape != memory.shape[:1]:
+                raise ValueError(
+                    f"memory_log_weights {tuple(memory_log_weights.shape)}: memory has {len(memory)} labels"
+                )
+            own = target.new_zeros(len(target))
+            log_weights = torch.cat([own, memory_log_weights.detach().to(target.dtype)])
+    peak_is_zero = log_weights is None
+    usable = finite_rows(labels)
+    if log_weights is not None:
+        usable &= log_weights > -torch.inf
+    elif labels.device.type == "cpu" and bool(usable.all()):
+        return labels, None, True
+    masked = torch.zeros_like(labels[:, 0] if labels.dim() == 2 else labels) if log_weights is None else log_weights
+    # A label masked out repeats one that is not (the first; 0 if there is none), so that it is never the nearest alone.
+    stand_in = labels.index_select(0, usable.to(torch.uint8).argmax().reshape(1)).nan_to_num(0.0, 0.0, 0.0)
+    labels = torch.where(usable if labels.dim() == 1 else usable[:, None], labels, stand_in)
+    return labels, masked.masked_fill(~usable, -torch.inf), peak_is_zero
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
