@@ -1,0 +1,115 @@
+"""The application: the parts of the service, put together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from service import problems
+from service.auth import KeyCheck, load_keys
+from service.batcher import Batcher
+from service.metrics import CountRequests, ServiceMetrics
+from service.routes import PredictEndpoint, mounts, page_router, predict_route, state_router
+from service.schemas import FaultResponse, ProblemResponse, question_decoder
+from service.security import SecurityHeaders
+from service.watcher import Watcher
+from trainer.config import Settings
+from trainer.model import build_model
+from trainer.schema import FeatureSchema
+from trainer.snapshot import SnapshotStore
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The service as an ASGI application; its watcher and its thread live as long as its lifespan.
+
+    Raises:
+        ConfigError: the keys, the schema or the model's body cannot be used.
+    """
+    torch.set_num_threads(settings.threads)
+    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    build_model(schema, settings.model, settings.learner)  # a body that cannot be made is said at once, not in a log
+    watcher = Watcher(SnapshotStore(settings.store.path), settings)
+    batcher = Batcher(lambda: watcher.predictor, settings.service.max_queue)
+    metrics = ServiceMetrics(lambda: watcher.predictor, lambda: len(batcher))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(watcher.start)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(watcher.stop)
+            batcher.close()
+
+    app = FastAPI(
+        title="Tailstream",
+        version=_version(),
+        description="Predictions from a model that learns from a stream and is seconds old.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            problems.Problem: problems.answer_problem,
+            HTTPException: problems.answer_http_exception,
+            RequestValidationError: problems.answer_invalid_parameter,
+            Exception: problems.answer_failure,
+        },
+    )
+    decode = question_decoder(schema, settings.service)
+    endpoint = PredictEndpoint(watcher, batcher, decode, settings.service.max_body_bytes, metrics)
+    app.router.routes.insert(0, predict_route(endpoint, settings))
+    app.include_router(state_router(watcher, metrics, settings))
+    app.include_router(page_router(watcher, settings))
+    for path, folder in mounts().items():
+        app.mount(path, folder)
+
+    keys = load_keys(Path(settings.service.api_keys_file)) if settings.service.api_keys_file else {}
+    if keys:
+        app.add_middleware(KeyCheck, keys=keys)
+    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(SecurityHeaders)
+    _describe(app, keyed=bool(keys))
+    return app
+
+
+def _describe(app: FastAPI, *, keyed: bool) -> None:
+    """Adds to the OpenAPI document what the framework cannot know: problems, and the keys."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            template = "#/components/schemas/{model}"
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for model in (FaultResponse, ProblemResponse):
+                described = model.model_json_schema(ref_template=template)
+                described.pop("$defs", None)
+                schemas[model.__name__] = described
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
+            if keyed:
+                document["components"]["securitySchemes"] = {
+                    "bearer": {"type": "http", "scheme": "bearer"},
+                    "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+                }
+                for path in ("/predict", "/model"):
+                    for operation in document["paths"][path].values():
+                        operation["security"] = [{"bearer": []}, {"api_key": []}]
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _version() -> str:
+    try:
+        return version("tailstream")
+    except PackageNotFoundError:  # run from a source tree
+        return "0"

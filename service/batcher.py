@@ -1,0 +1,116 @@
+"""Concurrent requests, one forward pass: whatever waits while a pass runs becomes the next one."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple
+
+from service.predictor import Answer, Predictor, Question
+from service.problems import NOT_READY, OVERLOADED, Problem
+
+PASS_ROWS: Final = 4096  # a pass takes no further request from here on; bounds its memory and its time
+INLINE_ROWS: Final = 256  # up to here a pass takes about a millisecond, and handing it to a thread costs more
+MOST_WAITING_ROWS: Final = 16 * PASS_ROWS  # about a second of work; rows are what waiting requests hold in memory
+
+
+class _Waiting(NamedTuple):
+    question: Question
+    answer: asyncio.Future[Answer]
+
+
+class Batcher:
+    """Gathers questions on the event loop and answers them pass by pass, all questions of a pass by one model.
+
+    Args:
+        current: gives the model to use, read once for each pass; None while there is none.
+        max_queue: most questions that may wait for a pass.
+    """
+
+    def __init__(self, current: Callable[[], Predictor | None], max_queue: int) -> None:
+        self._current = current
+        self._max_queue = max_queue
+        self._waiting: deque[_Waiting] = deque()
+        self._waiting_rows = 0
+        self._running = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="predict")
+
+    def __len__(self) -> int:
+        """Questions that wait."""
+        return len(self._waiting)
+
+    def ask(self, question: Question) -> asyncio.Future[Answer]:
+        """Queues a question; to be called on the event loop.
+
+        Raises:
+            Problem: too much waits already.
+        """
+        rows = len(question.rows)
+        if len(self._waiting) >= self._max_queue or (self._waiting and self._waiting_rows + rows > MOST_WAITING_ROWS):
+            raise Problem(OVERLOADED, f"{len(self._waiting)} requests wait already; try again later.")
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(question, loop.create_future())
+        self._waiting.append(waiting)
+        self._waiting_rows += rows
+        if not self._running:
+            self._running = True
+            # Not at once: requests that came in by the same turn of the loop join the pass.
+            loop.call_soon(self._next_pass)
+        return waiting.answer
+
+    def close(self) -> None:
+        """Waits for a pass that runs in the thread."""
+        self._thread.shutdown()
+
+    def _next_pass(self) -> None:
+        asked = self._take()
+        if not asked:
+            self._running = False
+            return
+        loop = asyncio.get_running_loop()
+        predictor = self._current()
+        if predictor is None:
+            _fail(asked, Problem(NOT_READY, "There is no model to predict with."))
+            loop.call_soon(self._next_pass)
+            return
+        questions = [waiting.question for waiting in asked]
+        if sum(len(question.rows) for question in questions) <= INLINE_ROWS:
+            try:
+                _settle(asked, predictor.answer(questions))
+            except Exception as error:
+                _fail(asked, error)
+            loop.call_soon(self._next_pass)
+            return
+
+        def done(future: asyncio.Future[list[Answer]]) -> None:
+            error = future.exception()
+            if error is None:
+                _settle(asked, future.result())
+            else:
+                _fail(asked, error)
+            self._next_pass()
+
+        loop.run_in_executor(self._thread, predictor.answer, questions).add_done_callback(done)
+
+    def _take(self) -> list[_Waiting]:
+        taken: list[_Waiting] = []
+        rows = 0
+        while self._waiting and rows < PASS_ROWS:
+            waiting = self._waiting.popleft()
+            self._waiting_rows -= len(waiting.question.rows)
+            if not waiting.answer.done():  # a request that was given up is not answered
+                rows += len(waiting.question.rows)
+                taken.append(waiting)
+        return taken
+
+
+def _settle(asked: Sequence[_Waiting], answers: Sequence[Answer]) -> None:
+    for waiting, answer in zip(asked, answers, strict=True):
+        if not waiting.answer.done():
+            waiting.answer.set_result(answer)
+
+
+def _fail(asked: Sequence[_Waiting], error: BaseException) -> None:
+    for waiting in asked:
+        if not waiting.answer.done():
+            waiting.answer.set_exception(error)

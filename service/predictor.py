@@ -1,0 +1,165 @@
+"""A loaded snapshot that answers: immutable, so that swapping models is one assignment.
+
+An answer depends on nothing but the row, the snapshot and what is asked of it. Matrix kernels differ by size, and some
+vector kernels treat the rows at the end of a tensor differently; so every tensor on the way has a multiple of 64 rows.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple, Self
+
+import msgspec
+import numpy as np
+import torch
+
+from trainer.config import Settings
+from trainer.label_density import LabelGrid
+from trainer.model import LEARNED_PRIOR, Model, build_model
+from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
+from trainer.schema import FeatureSchema, Row
+from trainer.snapshot import Manifest, Snapshot
+
+PASS_MULTIPLE: Final = 64
+
+
+class Asked(NamedTuple):
+    """What is asked about rows."""
+
+    balance: float  # label prior of the answer: 0 the stream's own, 1 all labels alike
+    interval: float | None = None  # probability of a central interval, None for none
+    point: Point = "median"
+
+
+class Question(NamedTuple):
+    """The rows of one request, and what is asked about them."""
+
+    rows: Sequence[Row]
+    asked: Asked
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one request is answered; lists have a number for each row, in label units."""
+
+    predictions: list[float]
+    balance: float
+    model_version: int
+    lower: list[float] | None = None
+    upper: list[float] | None = None
+
+
+class Predictor:
+    """A snapshot's model on the CPU, ready to answer.
+
+    Attributes:
+        manifest: what the snapshot says of itself.
+    """
+
+    def __init__(self, manifest: Manifest, model: Model, grid: LabelGrid, schema: FeatureSchema) -> None:
+        self.manifest = manifest
+        self._model = model.eval().requires_grad_(False)
+        self._grid = grid
+        self._schema = schema
+        self._learned_prior: LearnedPrior = LEARNED_PRIOR[manifest.learner["loss"]]
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Snapshot, settings: Settings) -> Self:
+        """Builds the model that the configuration describes and fills it from the snapshot.
+
+        Raises:
+            ConfigError: a body of the user's own cannot be imported.
+            KeyError: the label density is not in the snapshot.
+            RuntimeError: the tensors do not fit the model.
+        """
+        schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+        model = build_model(schema, settings.model, settings.learner)
+        model.load_state_dict(_under("model.", snapshot.model))
+        return cls(snapshot.manifest, model, LabelGrid.from_tensors(_under("grid.", snapshot.model)), schema)
+
+    @property
+    def version(self) -> int:
+        """The snapshot's version."""
+        return self.manifest.version
+
+    def predict(
+        self, rows: Sequence[Row], balance: float, interval: float | None = None, point: Point = "median"
+    ) -> Predictive:
+        """Answers for B rows, in label units."""
+        with torch.inference_mode():
+            return self._answer(self._components(rows), len(rows), Asked(balance, interval, point))
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers several requests by one forward pass."""
+        with torch.inference_mode():
+            components = self._components([row for question in questions for row in question.rows])
+            places: dict[Asked, list[int]] = {}  # of rows in the pass
+            start = 0
+            for rows, asked in questions:
+                places.setdefault(asked, []).extend(range(start, start + len(rows)))
+                start += len(rows)
+            answered = {
+                asked: _Lists(self._answer(_select(components, of) if len(places) > 1 else components, len(of), asked))
+                for asked, of in places.items()
+            }
+        return [
+            answered[asked].next(len(rows), balance=asked.balance, model_version=self.version)
+            for rows, asked in questions
+        ]
+
+    def _components(self, rows: Sequence[Row]) -> Components:
+        """The head's density for rows (B), and for the rows of missing values that fill up the pass."""
+        size = _padded(len(rows))
+        numeric = torch.full((size, len(self._schema.numeric_columns)), torch.nan)
+        categorical = torch.zeros((size, len(self._schema.buckets)), dtype=torch.int64)
+        if rows:
+            numeric[: len(rows)] = torch.from_numpy(self._schema.numeric(rows))
+            categorical[: len(rows)] = torch.from_numpy(self._schema.categorical(rows))
+        return self._model.components(self._model(numeric, categorical))
+
+    def _answer(self, components: Components, rows: int, asked: Asked) -> Predictive:
+        answer = predict(
+            components,
+            self._grid,
+            learned_prior=self._learned_prior,
+            balance=asked.balance,
+            point=asked.point,
+            interval=asked.interval,
+        )
+        if answer.lower is None or answer.upper is None:
+            return Predictive(answer.point[:rows])
+        return Predictive(answer.point[:rows], answer.lower[:rows], answer.upper[:rows])
+
+
+class _Lists:
+    """Answers to one sort of question, handed out request by request in the order of the pass."""
+
+    def __init__(self, answer: Predictive) -> None:
+        self._columns = [
+            None if column is None else column.tolist() for column in (answer.point, answer.lower, answer.upper)
+        ]
+        self._taken = 0
+
+    def next(self, rows: int, *, balance: float, model_version: int) -> Answer:
+        part = slice(self._taken, self._taken + rows)
+        self._taken += rows
+        point, lower, upper = (None if column is None else column[part] for column in self._columns)
+        return Answer(point or [], balance, model_version, lower, upper)
+
+
+def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _padded(rows: int) -> int:
+    return max(1, -(-rows // PASS_MULTIPLE)) * PASS_MULTIPLE
+
+
+def _select(components: Components, places: Iterable[int]) -> Components:
+    """The components of some rows, filled up to a multiple of 64 with those of row 0."""
+    chosen = np.fromiter(places, dtype=np.int64)
+    index = torch.from_numpy(np.pad(chosen, (0, _padded(len(chosen)) - len(chosen))))
+    return Components(
+        components.log_weights[index],
+        components.means[index],
+        components.scales[index],
+        components.label_mean,
+        components.label_sd,
+    )

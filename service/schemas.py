@@ -1,0 +1,229 @@
+"""What goes in and out over HTTP: decoded by msgspec into the trainer's types, described by pydantic for OpenAPI."""
+
+import re
+from collections.abc import Callable
+from types import GenericAlias
+from typing import Annotated, Any, Final
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from service.predictor import Asked, Question
+from service.problems import INVALID, NOT_JSON, Fault, Problem
+from trainer.config import FeatureSettings, SchemaSettings, ServiceSettings
+from trainer.errors import RecordError
+from trainer.predictive import Point
+from trainer.schema import FLOAT32_MAX, FeatureSchema, Row, explain
+
+# Beyond these the two ends of an interval are no longer different 64-bit floats, or no longer inside (0, 1).
+NARROWEST_INTERVAL: Final = 1e-6
+WIDEST_INTERVAL: Final = 1 - 1e-6
+LONGEST_DETAIL: Final = 300  # characters
+EXAMPLE_VECTOR: Final = 32  # longer vectors are null in the example
+EARLIEST_MS: Final = -62_135_596_800_000  # the year 1
+LATEST_MS: Final = 253_402_300_799_000  # the year 9999
+
+Number = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
+
+
+def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callable[[bytes], Question]:
+    """A function from a request's body to rows and what is asked about them.
+
+    The body is an object with `instances`, or one bare record, which has none. The function raises a Problem where the
+    body is not JSON, or does not fit; it names the instance and the field.
+    """
+    many: Any = GenericAlias(list, (schema.instance_type,))
+    request_type = msgspec.defstruct(
+        "Request",
+        [
+            (
+                "instances",
+                Annotated[many, msgspec.Meta(min_length=1, max_length=settings.max_instances)],
+            ),
+            ("balance", Annotated[float, msgspec.Meta(ge=0, le=1)], settings.default_balance),
+            ("interval", Annotated[float, msgspec.Meta(ge=NARROWEST_INTERVAL, le=WIDEST_INTERVAL)] | None, None),
+            ("point", Point, "median"),
+        ],
+        forbid_unknown_fields=True,
+    )
+    decode_request = msgspec.json.Decoder(request_type).decode
+    row = schema.row
+    alone = Asked(settings.default_balance)
+
+    def decode(body: bytes) -> Question:
+        try:
+            request: Any = decode_request(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            if isinstance(error, msgspec.ValidationError) and _is_bare(body):
+                try:
+                    return Question([schema.decode_instance(body)], alone)
+                except RecordError as fault:
+                    raise _problem(fault, fault.field, None) from None
+            raise _request_problem(explain(error)) from None
+        rows: list[Row] = []
+        try:
+            rows.extend(map(row, request.instances))
+        except RecordError as fault:
+            raise _problem(fault, fault.field, len(rows)) from None
+        return Question(rows, Asked(request.balance, request.interval, request.point))
+
+    return decode
+
+
+class _Probe(msgspec.Struct):
+    instances: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+
+def _is_bare(body: bytes) -> bool:
+    """Whether the body is an object without `instances`, that is, a record by itself."""
+    try:
+        return msgspec.json.decode(body, type=_Probe).instances is msgspec.UNSET
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+
+
+def _request_problem(error: RecordError) -> Problem:
+    match = re.fullmatch(r"instances\[(\d+)\]\.?(.*)", error.field, re.DOTALL)
+    return _problem(error, match[2], int(match[1])) if match else _problem(error, error.field, None)
+
+
+def _problem(error: RecordError, field: str, instance: int | None) -> Problem:
+    text = str(error)
+    if len(text) > LONGEST_DETAIL:  # it may quote the request, which may be megabytes
+        text = f"{text[:LONGEST_DETAIL]}…"
+    if error.reason == "not_json":
+        return Problem(NOT_JSON, text)
+    what = text.removeprefix(f"{error.field}: ")
+    where = "" if instance is None else f"instance {instance}"
+    where = ", ".join(part for part in (where, f"field {field!r}" if field else "") if part)
+    return Problem(INVALID, f"{where}: {what}" if where else what, [Fault(what, field, instance)])
+
+
+# For OpenAPI
+
+
+class _Described(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class PredictResponse(_Described):
+    """Predictions in label units, in the order of the instances."""
+
+    predictions: list[float]
+    balance: float = Field(description="The label prior that was used.")
+    model_version: int = Field(description="The snapshot that answered, all instances alike.")
+    lower: list[float] | None = Field(default=None, description="Lower ends, where an interval was asked for.")
+    upper: list[float] | None = Field(default=None, description="Upper ends, where an interval was asked for.")
+
+
+class FaultResponse(_Described):
+    """One thing that is wrong with a request, and where."""
+
+    detail: str
+    field: str = Field(description="Dotted path inside the instance, or of the request where `instance` is null.")
+    instance: int | None = Field(description="Place in `instances`, from 0.")
+
+
+class ProblemResponse(_Described):
+    """A problem document of RFC 9457."""
+
+    type: str = Field(examples=["urn:tailstream:problem:invalid-request"])
+    title: str
+    status: int
+    detail: str
+    errors: list[FaultResponse] | None = None
+
+
+def request_model(schema: SchemaSettings, settings: ServiceSettings) -> Any:
+    """The type of a body for POST /predict, as the schema makes it."""
+    instance = _instance_model(schema)
+    many: Any = GenericAlias(list, (instance,))
+    example = _example(schema)
+    request = create_model(
+        "PredictRequest",
+        __config__=ConfigDict(
+            extra="forbid", json_schema_extra={"examples": [{"instances": [example], "balance": 1.0, "interval": 0.9}]}
+        ),
+        __doc__="Records to predict for, without their label, and what to answer.",
+        instances=(many, Field(min_length=1, max_length=settings.max_instances)),
+        balance=(
+            Annotated[float, Field(ge=0, le=1)],
+            Field(default=settings.default_balance, description="Label prior: 0 the stream's own, 1 all labels alike."),
+        ),
+        interval=(
+            Annotated[float, Field(ge=NARROWEST_INTERVAL, le=WIDEST_INTERVAL)] | None,
+            Field(default=None, description="Probability of a central interval."),
+        ),
+        point=(
+            Point,
+            Field(default="median", description="Median: small absolute error; mean: small squared error."),
+        ),
+    )
+    return request | instance
+
+
+def _instance_model(schema: SchemaSettings) -> type[BaseModel]:
+    tree: dict[str, Any] = {}
+    for name, feature in schema.features.items():
+        *parents, leaf = name.split(".")
+        table = tree
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[leaf] = _leaf_type(feature)
+    return _level("Instance", tree, _example(schema))
+
+
+def _level(name: str, tree: dict[str, Any], example: Any) -> type[BaseModel]:
+    # JSON keys need not be identifiers, so the attributes are numbered and the keys are their aliases.
+    fields: dict[str, Any] = {}
+    for number, (key, leaf) in enumerate(tree.items()):
+        if isinstance(leaf, dict):
+            leaf = _level(f"{name}{number}", leaf, example[key])
+        fields[f"f{number}"] = (leaf | None, Field(default=None, alias=key, title=key))
+    return create_model(
+        name,
+        __config__=ConfigDict(extra="allow", json_schema_extra={"examples": [example]}),
+        __doc__="One record. A field that is missing or null is imputed, and one that is not listed is ignored.",
+        **fields,
+    )
+
+
+def _leaf_type(feature: FeatureSettings) -> Any:
+    match feature.kind:
+        case "numeric":
+            return Number
+        case "boolean":
+            return bool
+        case "categorical":
+            return str | Annotated[float, Field(ge=-1e300, le=1e300)] | bool
+        case "vector":
+            return Annotated[list[Number], Field(min_length=feature.size, max_length=feature.size)]
+        case "timestamp":
+            iso = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+            return iso | Annotated[float, Field(ge=EARLIEST_MS, le=LATEST_MS, description="Epoch milliseconds.")]
+
+
+def _example(schema: SchemaSettings) -> dict[str, Any]:
+    """A record that POST /predict answers."""
+    record: dict[str, Any] = {}
+    for name, feature in schema.features.items():
+        *parents, leaf = name.split(".")
+        table = record
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[leaf] = _example_value(feature)
+    return record
+
+
+def _example_value(feature: FeatureSettings) -> Any:
+    match feature.kind:
+        case "numeric":
+            return 1.5
+        case "boolean":
+            return True
+        case "categorical":
+            return "A"
+        case "vector":
+            return [0.5] * feature.size if feature.size and feature.size <= EXAMPLE_VECTOR else None
+        case "timestamp":
+            return "2026-01-31T17:30:00Z"

@@ -1,0 +1,140 @@
+"""A model that has learned something, and snapshots of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.predictor import Predictor
+from trainer.batching import PartitionProgress
+from trainer.config import Settings
+from trainer.label_density import LabelDensity
+from trainer.model import Model, build_model
+from trainer.schema import FeatureSchema
+from trainer.snapshot import Manifest, Sample, Snapshot, SnapshotStore
+
+METRICS = {
+    window: {
+        "rows": 320.0,
+        **{
+            answer: {
+                "mae": mae,
+                "rmse": mae + 1,
+                "balanced_mae": mae + 2,
+                "mae_many": mae + 3,
+                "mae_medium": mae + 4,
+                "mae_few": None,
+            }
+            for answer, mae in (("0", 10.0), ("1", 20.0), ("median", 30.0))
+        },
+    }
+    for window in ("whole", "fading")
+}
+
+
+def make_settings(store: Path, *, hidden: tuple[int, ...] = (16, 16), **service: Any) -> Settings:
+    return Settings(
+        kafka={"bootstrap_servers": ["127.0.0.1:1"], "topic": "flights"},
+        schema={
+            "label": "arr_delay",
+            "id": "flight",
+            "time": "time_hour",
+            "features": {
+                "dep_delay": "numeric",
+                "weather.wind": "numeric",
+                "carrier": "categorical",
+                "cancelled": "boolean",
+                "time_hour": "timestamp",
+                "sensors": {"kind": "vector", "size": 3},
+            },
+        },
+        model={"hidden": list(hidden), "embedding": 4, "category_buckets": 64},
+        store={"url": str(store)},
+        service={"port": 0, "poll_interval_s": 0.02, **service},
+    )
+
+
+def instance(i: int) -> dict[str, Any]:
+    """Record number i; some miss a feature."""
+    record: dict[str, Any] = {
+        "dep_delay": 7.25 * (i % 13) - 20,
+        "weather": {"wind": 1.5 * (i % 7)},
+        "carrier": ("UA", "AA", "DL", "never seen")[i % 4],
+        "cancelled": i % 3 == 0,
+        "time_hour": f"2013-{1 + i % 12:02}-{1 + i % 28:02}T{i % 24:02}:00:00Z",
+        "sensors": [0.1 * i, -1.0, 3.5],
+    }
+    if i % 5 == 4:
+        record.pop(("dep_delay", "weather", "carrier", "cancelled", "sensors")[i // 5 % 5])
+    return record
+
+
+def fitted(settings: Settings, seed: int) -> tuple[Model, dict[str, Tensor]]:
+    """A model after a few steps, and the tensors of its label grid."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+        model = build_model(schema, settings.model, settings.learner)
+        records = [schema.decode_instance(_json({**instance(i), "arr_delay": 0})) for i in range(320)]
+        numeric = torch.from_numpy(schema.numeric(records))
+        categorical = torch.from_numpy(schema.categorical(records))
+        label = 2 * numeric[:, 0].nan_to_num(5.0) + 10 * torch.randn(320) + seed
+        model.observe(numeric, label)
+        optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(20):
+            optimiser.zero_grad()
+            (model(numeric, categorical) - model.labels.standardise(label)).square().mean().backward()
+            optimiser.step()
+        density = LabelDensity()
+        density.observe(label)
+        return model, density.grid().to_tensors()
+
+
+def write_snapshot(settings: Settings, seed: int = 0, **changes: Any) -> Manifest:
+    """Writes a fitted model as the next version; `changes` go into its manifest."""
+    model, grid = fitted(settings, seed)
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors |= {f"grid.{name}": tensor.contiguous() for name, tensor in grid.items()}
+    settings.store.path.mkdir(parents=True, exist_ok=True)
+    return SnapshotStore(settings.store.path).write(manifest(settings, **changes), tensors, {})
+
+
+def manifest(settings: Settings, **changes: Any) -> Manifest:
+    known: dict[str, Any] = {
+        "version": 0,
+        "created_s": 0.0,
+        "step": 20,
+        "samples": 320,
+        "cluster_id": "cluster",
+        "topic": settings.kafka.topic,
+        "topic_id": None,
+        "partitions": {0: PartitionProgress(next_offset=330, trained=320, rejected=8, skipped=2)},
+        "lag_records": 42,
+        "newest_append_s": 1.7e9,
+        "task": "regression",
+        "record_schema": settings.record_schema.model_dump(mode="json"),
+        "model": settings.model.model_dump(mode="json"),
+        "learner": settings.learner.model_dump(mode="json"),
+        "healthy": True,
+        "train_loss": 0.5,
+        "noise_sigma": 0.25,
+        "noise_sigma_label_units": 10.0,
+        "samples_per_second": 1234.5,
+        "nonfinite_steps": 0,
+        "metrics": METRICS,
+        "newest": [Sample(time_s=1.7e9, label=3.0, prediction=4.0)],
+    }
+    return Manifest(**{**known, **changes})
+
+
+def in_process(settings: Settings, version: int) -> Predictor:
+    """The model of a version, as a program without HTTP would load it."""
+    snapshot: Snapshot = SnapshotStore(settings.store.path).load(version, training=False)
+    return Predictor.from_snapshot(snapshot, settings)
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    import json
+
+    return json.dumps(record).encode()
