@@ -180,17 +180,11 @@ class Batcher:
         return batch
 
 
-class Polls(NamedTuple):
-    """How `batches` reads: records a poll, and the wait for a partial batch."""
-
-    max_records: int
-    max_wait_s: float
-
-
 def batches(
     poll: Callable[[int, float], Sequence[Record]],
     batcher: Batcher,
-    polls: Polls,
+    max_records: int,
+    max_wait_s: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Batch | None]:
     """Polls for ever; yields each batch, and None after every poll, so that the caller can see to other things.
@@ -199,17 +193,16 @@ def batches(
     """
     waiting_since: float | None = None
     while True:
-        left = polls.max_wait_s if waiting_since is None else waiting_since + polls.max_wait_s - clock()
+        left = max_wait_s if waiting_since is None else waiting_since + max_wait_s - clock()
         full = False
-        for batch in batcher.add(poll(polls.max_records, max(0.0, left))):
+        for batch in batcher.add(poll(max_records, max(0.0, left))):
             full = True
             yield batch
         if not batcher.pending:
             waiting_since = None
         elif waiting_since is None or full:
             waiting_since = clock()
-        elif clock() - waiting_since >= polls.max_wait_s:
+        elif clock() - waiting_since >= max_wait_s:
             waiting_since = None
             yield batcher.flush()
         yield None
-

@@ -158,6 +158,9 @@ class LearnerSettings(_Table):
         default=512, ge=0, description="Labels of the replay buffer that join the balanced loss of each step."
     )
     gradient_clip: float = Field(default=1.0, gt=0, description="Largest norm of a gradient.")
+    metrics_fading: float = Field(
+        default=0.9999, gt=0, lt=1, description="Weight that the fading prequential metrics keep per row."
+    )
 
 
 class ModelSettings(_Table):
@@ -270,6 +273,15 @@ class Settings(BaseSettings):
     trainer: TrainerSettings = TrainerSettings()
     service: ServiceSettings = ServiceSettings()
 
+    @model_validator(mode="after")
+    def _a_batch_fits_the_replay_buffer(self) -> Self:
+        if self.learner.replay_rows < self.batch.size:
+            raise ValueError(
+                f"learner.replay_rows is {self.learner.replay_rows}, fewer than batch.size {self.batch.size}: "
+                "steps take their rows from the buffer, so it holds at least one batch"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -304,7 +316,7 @@ def load(path: Path) -> Settings:
 def _explain(path: Path, error: ValidationError) -> str:
     lines = [f"{path} (with TAILSTREAM_* from the environment) cannot be used:"]
     for problem in error.errors(include_url=False):
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(str(part) for part in problem["loc"]) or "settings"
         what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
         lines.append(f"  {where}: {what}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ TailstreamError
 ├── RecordError               one record cannot be learned from; it becomes a dead letter
 ├── SourceError               records cannot be read                                             exit 4
 │   ├── BrokerUnavailable     nobody answers at the bootstrap servers
+│   ├── BrokerRefused         they answer, and do not let us in (password, certificate, permission)
 │   ├── TopicMissing          the topic does not exist
 │   ├── TopicChanged          another cluster, a recreated topic, fewer partitions
 │   └── OffsetsLost           the offsets to resume from are no longer in the topic
@@ -55,6 +56,10 @@ class SourceError(TailstreamError):
 
 class BrokerUnavailable(SourceError):
     """Nobody answers at the bootstrap servers."""
+
+
+class BrokerRefused(SourceError):
+    """A broker answers and does not let us in."""
 
 
 class TopicMissing(SourceError):

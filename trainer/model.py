@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer.config import LearnerSettings, ModelSettings, SigmaInLabelUnits
 from trainer.errors import ConfigError
+from trainer.label_density import LabelGrid
 from trainer.losses import NoiseSigma
 from trainer.predictive import Components, LearnedPrior
 from trainer.schema import FeatureSchema
@@ -21,6 +22,7 @@ from trainer.schema import FeatureSchema
 TRAINING_REACH: Final = 50.0  # standard deviations; nearer bounds hide the rare rows that matter (delays, claims)
 SMALLEST_SD: Final = 1e-3  # of a feature: below it the feature is constant so far, and is not blown up
 HEAD_INIT: Final = 0.02
+PLAIN_SIGMA_BOUNDS: Final = (1e-3, 1e3)  # label standard deviations
 LEARNED_PRIOR: Final[dict[str, LearnedPrior]] = {"bmc": "uniform", "mse": "stream", "l1": "stream", "huber": "stream"}
 
 
@@ -234,14 +236,46 @@ def build_model(schema: FeatureSchema, model: ModelSettings, learner: LearnerSet
     out_features = getattr(body, "out_features", None)
     if not isinstance(out_features, int):
         raise ConfigError(f"model.body: {model.body!r} made {type(body).__name__}, which has no integer out_features")
-    sigma = learner.sigma
-    if isinstance(sigma, SigmaInLabelUnits):
-        noise = NoiseSigma("fixed", init=sigma.label_units, in_label_units=True)
-    elif isinstance(sigma, str):
-        noise = NoiseSigma(sigma)
-    else:
-        noise = NoiseSigma("fixed", init=sigma)
-    return Model(body, GaussianHead(out_features, noise), len(schema.numeric_columns))
+    head = GaussianHead(out_features, _noise(learner))
+    return Model(body, head, len(schema.numeric_columns))
+
+
+def inference_state(model: Model, grid: LabelGrid) -> dict[str, Tensor]:
+    """What predicting needs, by the names it has in `model.safetensors`."""
+    return {**prefixed("model", model.state_dict()), **prefixed("grid", grid.to_tensors())}
+
+
+def load_inference(state: dict[str, Tensor], model: Model) -> LabelGrid:
+    """Loads what `inference_state` gave into a model, and returns the label density beside it.
+
+    Raises:
+        RuntimeError, KeyError: it is of another model.
+    """
+    model.load_state_dict(unprefixed("model", state))
+    return LabelGrid.from_tensors(unprefixed("grid", state))
+
+
+def prefixed(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one part of a state, by the names they have in the whole."""
+    return {f"{part}.{name}": value for name, value in tensors.items()}
+
+
+def unprefixed(part: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One part of a state, by its own names."""
+    return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
+
+
+def _noise(learner: LearnerSettings) -> NoiseSigma:
+    if LEARNED_PRIOR[learner.loss] == "stream":
+        # These losses do not use sigma, so the running residual itself is safe: nothing feeds back.
+        return NoiseSigma("adaptive", initial=1.0, share=0.999, bounds=PLAIN_SIGMA_BOUNDS)
+    match learner.sigma:
+        case "learned" | "adaptive":
+            return NoiseSigma(learner.sigma)
+        case SigmaInLabelUnits(label_units=sigma):
+            return NoiseSigma("fixed", initial=sigma, unit="label")
+        case sigma:
+            return NoiseSigma("fixed", initial=sigma)
 
 
 def _import_body(path: str, schema: FeatureSchema) -> nn.Module:

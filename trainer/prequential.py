@@ -20,6 +20,7 @@ LEAST_ROWS: Final = 10  # a bin with fewer says nothing
 MANY_SHARE: Final = 1 / 50
 MEDIUM_SHARE: Final = 1 / 500
 WINDOWS: Final = ("whole", "fading")
+ERRORS: Final = 3  # where the rows of errors begin in `PrequentialMetrics.sums`
 MEDIAN: Final = "median"  # the error of always answering the running median: what a model must beat
 
 
@@ -35,16 +36,23 @@ class PrequentialMetrics:
     def __init__(self, answers: Sequence[str], fading: float, device: torch.device) -> None:
         self.answers = (*answers, MEDIAN)
         self.fading = fading
-        # Rows of `sums`: how many rows, then absolute and squared error of each answer.  (windows, rows, cells)
-        self.sums = torch.zeros(2, 1 + 2 * len(self.answers), CELLS, dtype=torch.float64, device=device)
+        # Rows of `sums`: rows, rows inside their interval, log score, then absolute and squared error of each answer.
+        rows = ERRORS + 2 * len(self.answers)
+        self.sums = torch.zeros(len(WINDOWS), rows, CELLS, dtype=torch.float64, device=device)
         self.low, self.high = math.inf, -math.inf  # range of the labels seen
         self.origin, self.width = 0.0, 0.0  # the grid: cell i covers origin + [i, i + 1) width
 
     @torch.no_grad()
-    def observe(self, label: NDArray[np.float64], predictions: Mapping[str, Tensor]) -> None:
-        """Takes labels (B,) on the host and each answer's predictions (B,) on the device, both in label units.
+    def observe(
+        self, label: NDArray[np.float64], predictions: Mapping[str, Tensor], covered: Tensor, log_score: Tensor
+    ) -> None:
+        """Takes in rows that were predicted and not yet learned from; all of it finite.
 
-        The caller leaves out rows whose label or prediction is not finite.
+        Args:
+            label: (B,) on the host, label units.
+            predictions: of each answer (B,), on the device, label units.
+            covered: (B,) bool, whether the label lay in its interval.
+            log_score: (B,) log density of the label, natural logs per label unit.
         """
         if not len(label):
             return
@@ -55,21 +63,27 @@ class PrequentialMetrics:
         truth = torch.from_numpy(label).to(device, non_blocking=True)
         stacked = torch.stack([*(predictions[name].double() for name in self.answers[:-1]), median.expand(len(label))])
         error = (stacked - truth).abs()
-        values = torch.cat([torch.ones_like(error[:1]), torch.stack([error, error.square()], 1).flatten(0, 1)])
+        others = torch.stack([torch.ones_like(error[0]), covered.double(), log_score.double()])
+        values = torch.cat([others, torch.stack([error, error.square()], 1).flatten(0, 1)])
         self.sums[1] *= self.fading ** len(label)
         self.sums.index_add_(2, cells, values.expand(2, -1, -1))
 
     def compute(self) -> dict[str, Any]:
-        """All metrics, in label units: `{window: {rows, answer: {mae, rmse, balanced_mae, mae_many, ...}}}`.
+        """All metrics: `{window: {rows, coverage, log_score, answer: {mae, rmse, balanced_mae, mae_many, ...}}}`.
 
-        A metric without rows is None. Reads the sums off the device.
+        Errors are in label units, the log score in natural logs per label unit; a metric without rows is None. Reads
+        the sums off the device.
         """
         sums = self.sums.cpu().numpy()
         return {window: self._window(sums[i]) for i, window in enumerate(WINDOWS)}
 
     def _window(self, sums: NDArray[np.float64]) -> dict[str, Any]:
         count = sums[0]
-        result: dict[str, Any] = {"rows": float(count.sum())}
+        result: dict[str, Any] = {
+            "rows": float(count.sum()),
+            "coverage": _ratio(sums[1].sum(), count.sum()),
+            "log_score": _ratio(sums[2].sum(), count.sum()),
+        }
         if not self.width:
             return result
         centres = self.origin + (np.arange(CELLS) + 0.5) * self.width
@@ -83,7 +97,7 @@ class PrequentialMetrics:
             "few": (share < MEDIUM_SHARE) & (rows > 0),
         }
         for i, answer in enumerate(self.answers):
-            absolute, squared = sums[1 + 2 * i], sums[2 + 2 * i]
+            absolute, squared = sums[ERRORS + 2 * i], sums[ERRORS + 1 + 2 * i]
             by_bin = np.bincount(bins, absolute, BINS)
             enough = rows >= LEAST_ROWS - 1e-6
             result[answer] = {

@@ -11,7 +11,7 @@ COLUMNS: Final = ("numeric", "categorical", "label")
 
 
 class ReplayBuffer:
-    """A ring of the newest rows, on the model's device; its positions are kept on the host, so drawing waits for nothing.
+    """A ring of the newest rows, on the model's device; positions are kept on the host, so drawing waits for nothing.
 
     Attributes:
         numeric: (N, F) float32, NaN where missing.

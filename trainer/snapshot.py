@@ -1,8 +1,8 @@
-"""Snapshots: everything that resuming and predicting need, of one moment, in one folder that exists whole or not at all.
+"""Snapshots: all that resuming and predicting need, of one moment, in one folder that exists whole or not at all.
 
-    <store>/00000042/model.safetensors      what inference needs
-                     training.safetensors   the rest of what resuming needs
-                     manifest.json          written last: a folder without a valid one does not exist
+<store>/00000042/model.safetensors      what inference needs
+                 training.safetensors   the rest of what resuming needs
+                 manifest.json          written last: a folder without a valid one does not exist
 """
 
 import errno
@@ -233,7 +233,7 @@ class SnapshotStore:
         return manifest
 
     def prune(self, now_s: float) -> list[int]:
-        """Removes what need not be kept: all but the newest five, the first of each hour of the last day, the active one.
+        """Removes all but the newest five, the first of each hour of the last day, and the active one.
 
         Returns:
             The versions removed.

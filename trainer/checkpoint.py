@@ -1,0 +1,190 @@
+"""The checkpoint: it owns progress and state, and makes both durable in one order.
+
+train -> dead letters acknowledged -> snapshot durable -> offsets committed
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, NamedTuple
+
+import structlog
+
+from trainer.batching import Batch, PartitionProgress, Progress, advance
+from trainer.config import Settings
+from trainer.dead_letter import DeadLetters
+from trainer.errors import PublishError, SnapshotMismatch
+from trainer.learner import Learner
+from trainer.metrics import TrainerMetrics
+from trainer.snapshot import Manifest, Sample, SnapshotStore, check_fits
+from trainer.source import RecordSource
+
+LARGEST_SHARE: Final = 0.05  # of the time, spent on saving
+RETRY_S: Final = 5.0  # after a save that failed
+
+log = structlog.get_logger()
+
+
+class Parts(NamedTuple):
+    """What a checkpoint keeps in step."""
+
+    source: RecordSource
+    learner: Learner
+    store: SnapshotStore
+    dead_letters: DeadLetters
+    metrics: TrainerMetrics
+
+
+class _Save(NamedTuple):
+    """A snapshot on its way to the disk."""
+
+    future: Future[Manifest]
+    progress: Progress
+    began_s: float
+
+
+class Checkpoint:
+    """Progress by partition, and the snapshots that make it durable together with the learner's state.
+
+    Snapshots are written on a thread of their own from a copied state, one at a time, at least `store.interval_s`
+    apart and so far apart that saving takes at most a twentieth of the time.
+
+    Attributes:
+        progress: what the learner's state covers.
+        durable: what the last durable snapshot covers.
+    """
+
+    def __init__(self, settings: Settings, parts: Parts) -> None:
+        self._settings = settings
+        self._parts = parts
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
+        self._save: _Save | None = None
+        self._next_s = 0.0
+        self._next_reading_s = 0.0
+        self._failing = ""
+        self.progress: dict[int, PartitionProgress] = {}
+        self.durable: Progress = {}
+
+    def restore(self) -> Manifest | None:
+        """Loads the newest valid snapshot, if there is one.
+
+        Raises:
+            SnapshotMismatch: it is of another model than the configuration describes.
+        """
+        snapshot, faults = self._parts.store.newest(training=True)
+        for fault in faults:
+            log.warning("a snapshot is passed over", reason=str(fault))
+        if snapshot is None:
+            return None
+        check_fits(snapshot.manifest, self._settings)
+        try:
+            self._parts.learner.load_state_dict(snapshot.training)
+        except (KeyError, RuntimeError) as error:
+            raise SnapshotMismatch(
+                f"snapshot {snapshot.manifest.version} is of another model than the configuration describes: {error}; "
+                "put the setting back, or give the new model its own store.url"
+            ) from error
+        self.progress = dict(snapshot.manifest.partitions)
+        self.durable = self.progress
+        log.info("resumed", version=snapshot.manifest.version, samples=snapshot.manifest.samples)
+        return snapshot.manifest
+
+    def advance(self, batch: Batch) -> None:
+        """Notes that the learner's state now covers a batch."""
+        self.progress = advance(self.progress, batch.progress)
+
+    def tick(self) -> None:
+        """Sees to what is due: readings for the metrics, the end of a save, the start of the next."""
+        now = time.monotonic()
+        if self._save is not None and self._save.future.done():
+            self._finish(self._save)
+        if now >= self._next_reading_s:
+            self._read()
+        if self._save is None and now >= self._next_s and self.progress != self.durable:
+            self._start()
+
+    def close(self) -> None:
+        """Makes everything learned durable, as well as it can be, and stops the writer."""
+        for _ in range(2):  # a save may be under way that lacks the newest batches
+            if self._save is not None:
+                self._finish(self._save)
+            if self.progress != self.durable:
+                self._start()
+        if self._save is not None:
+            self._finish(self._save)
+        self._writer.shutdown()
+
+    def lag(self) -> dict[int, int]:
+        """Records not yet learned from, by partition, as far as the source knows."""
+        ends = self._parts.source.ends()
+        return {p: max(0, end - self.progress[p].next_offset) if p in self.progress else end for p, end in ends.items()}
+
+    def _read(self) -> None:
+        self._next_reading_s = time.monotonic() + self._settings.trainer.metrics_interval_s
+        learner = self._parts.learner
+        lost = getattr(self._parts.source, "lost_records", 0)
+        self._parts.metrics.read(learner.read(), learner.steps, self.lag(), lost)
+
+    def _start(self) -> None:
+        began = time.monotonic()
+        try:
+            self._parts.dead_letters.flush()
+        except PublishError as error:
+            self._failed(str(error))
+            return
+        state, model = self._parts.learner.state_dict(), self._parts.learner.inference_state()
+        future = self._writer.submit(self._parts.store.write, self._manifest(), model, state)
+        self._save = _Save(future, self.progress, began)
+
+    def _finish(self, save: _Save) -> None:
+        self._save = None
+        try:
+            manifest = save.future.result()
+        except OSError as error:
+            self._parts.metrics.save_failed()
+            self._failed(f"the snapshot could not be written to {self._parts.store.path}: {error}")
+            return
+        seconds = time.monotonic() - save.began_s
+        self._next_s = save.began_s + max(self._settings.store.interval_s, seconds / LARGEST_SHARE)
+        self.durable = save.progress
+        self._parts.source.commit(save.progress)
+        self._parts.metrics.saved(manifest.version, sum(f.bytes for f in manifest.files.values()), seconds)
+        self._parts.store.prune(time.time())
+        if self._failing:
+            self._failing = ""
+            log.info("snapshots are written again", version=manifest.version)
+
+    def _failed(self, reason: str) -> None:
+        """Training goes on; the next save tries again. Said once, and again when it works."""
+        self._next_s = time.monotonic() + RETRY_S
+        if not self._failing:
+            log.error("no snapshot: training goes on, and would be repeated from the last one", reason=reason)
+        self._failing = reason
+
+    def _manifest(self) -> Manifest:
+        settings, learner, identity = self._settings, self._parts.learner, self._parts.source.identity
+        readings = learner.read()
+        lag = self.lag()
+        return Manifest(
+            version=0,
+            created_s=0.0,
+            step=learner.steps,
+            samples=learner.samples,
+            cluster_id=identity.cluster_id,
+            topic=identity.topic,
+            topic_id=identity.topic_id,
+            partitions=self.progress,
+            lag_records=sum(lag.values()) if lag else None,
+            newest_append_s=self._parts.metrics.newest_append_s,
+            task=settings.task,
+            record_schema=settings.record_schema.model_dump(mode="json"),
+            model=settings.model.model_dump(mode="json"),
+            learner=settings.learner.model_dump(mode="json"),
+            healthy=readings.healthy,
+            train_loss=readings.train_loss,
+            noise_sigma=readings.noise_sigma,
+            noise_sigma_label_units=readings.noise_sigma_label_units,
+            samples_per_second=self._parts.metrics.samples_per_second,
+            nonfinite_steps=readings.nonfinite_steps,
+            metrics=readings.metrics,
+            newest=[Sample(time_s=t, label=y, prediction=p) for t, y, p in readings.newest],
+        )

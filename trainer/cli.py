@@ -1,0 +1,122 @@
+"""The trainer's commands. Each imports what it needs when it runs, so that `--help` answers at once."""
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+
+from trainer.errors import TailstreamError
+
+if TYPE_CHECKING:
+    from trainer.config import Settings
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="Configuration file (TOML).", dir_okay=False)]
+P = ParamSpec("P")
+
+
+class DatasetName(StrEnum):
+    """Data sets that `dataset` can write."""
+
+    flights = "flights"
+    diamonds = "diamonds"
+    portal = "portal"
+
+
+def explained(command: Callable[P, None]) -> Callable[P, None]:
+    """A command that ends an expected error with its message and its exit code, not with a traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except TailstreamError as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - what a command says is its output
+            raise typer.Exit(error.exit_code) from error
+
+    return run
+
+
+@explained
+def train(config: ConfigFile) -> None:
+    """Learn from the topic until SIGTERM or Ctrl-C, then save and stop.
+
+    Exit codes: 0 stopped cleanly, 2 configuration, 3 the stop took longer than trainer.stop_grace_s, 4 Kafka,
+    5 snapshots, 130 a second signal.
+    """
+    from trainer.process import run
+
+    run(_load(config))
+
+
+@explained
+def publish(
+    file: Annotated[Path, typer.Argument(help="JSON lines or CSV, .gz too; - is standard input.", allow_dash=True)],
+    config: ConfigFile,
+    rate: Annotated[float | None, typer.Option(help="Records a second at most.", min=0.001)] = None,
+    partitions: Annotated[int, typer.Option(help="Of the topic, if it has to be made; -1: the broker's default.")] = -1,
+) -> None:
+    """Send a data file to the topic, keyed by the schema's id."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from trainer.files import read_values
+    from trainer.publish import publish as send
+    from trainer.schema import FeatureSchema
+
+    settings = _load(config)
+    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as bar:
+        task = bar.add_task("publish", total=None)
+        done = send(
+            settings,
+            schema,
+            read_values(file, schema),
+            records_per_s=rate,
+            partitions=partitions,
+            progress=lambda sent: bar.update(task, completed=sent),
+        )
+        bar.update(task, total=done.sent, completed=done.sent)
+    unkeyed = f", {done.unkeyed} of them without a key" if done.unkeyed else ""
+    print(f"published {done.sent} records to {settings.kafka.topic}{unkeyed}")  # noqa: T201
+
+
+@explained
+def dataset(
+    name: Annotated[DatasetName, typer.Argument(help="Which data set.")],
+    out: Annotated[Path, typer.Argument(help="File to write, JSON lines.", dir_okay=False)],
+) -> None:
+    """Write a real data set that ships in a Python package as JSON lines."""
+    from trainer.datasets import DATASETS, write_jsonl
+
+    print(f"wrote {write_jsonl(DATASETS[name](), out)} records to {out}")  # noqa: T201
+
+
+@explained
+def check(config: ConfigFile) -> None:
+    """Look whether everything a trainer needs is there: one line each, and what to do where it is not."""
+    from trainer.checks import run_checks
+
+    if not run_checks(_load(config), print):
+        raise typer.Exit(1)
+
+
+def _load(path: Path) -> "Settings":
+    from trainer.config import load
+    from trainer.log import configure_logging
+
+    settings = load(path)
+    configure_logging(settings.trainer.log_format)
+    return settings
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the trainer's commands to an application."""
+    for command in (train, check, publish, dataset):
+        app.command()(command)

@@ -1,0 +1,314 @@
+"""The one file that knows the Kafka client: consumer, producer, administration, and their errors turned into ours."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+import kafka
+import kafka.admin
+import kafka.errors
+from kafka.structs import OffsetAndMetadata, TopicPartition
+
+from trainer.batching import Record
+from trainer.config import KafkaSettings
+from trainer.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    ConfigError,
+    OffsetsLost,
+    PublishError,
+    SourceError,
+    TopicChanged,
+    TopicMissing,
+)
+
+CLIENT_ID: Final = "tailstream"
+FETCH_BYTES: Final = 4 << 20  # a partition and fetch; the default of 1 MiB is a few thousand records
+UNKNOWN_TOPIC: Final = 3  # error code of the protocol
+LINGER_MS: Final = 20
+MAX_IN_FLIGHT: Final = 10_000  # records sent and not yet acknowledged
+REFUSALS: Final = ("authentication", "sasl", "ssl", "certificate", "tls", "authoriz")
+
+
+class TopicDescription(NamedTuple):
+    """What a topic is at this moment."""
+
+    cluster_id: str | None
+    topic: str
+    topic_id: str | None  # changes when a topic is deleted and made again; None where the broker has none
+    partitions: tuple[int, ...]
+
+
+class _Complaints(logging.Handler):
+    """Keeps the client's last warning: its exceptions hide why it could not connect."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        # The reason comes first, a summary without it last.
+        if "Unable to bootstrap" not in message and "not ready" not in message:
+            self.last = message
+
+
+_complaints = _Complaints()
+_client_log = logging.getLogger("kafka")
+_client_log.addHandler(_complaints)
+_client_log.propagate = False  # it repeats itself several times a second while a broker is away; we say it once
+
+
+def _connect(factory: Callable[..., Any], settings: KafkaSettings, timeout_s: float, **options: Any) -> Any:
+    """A client that has reached a broker.
+
+    Raises:
+        BrokerUnavailable: nobody answered within `timeout_s`.
+        BrokerRefused: somebody did, and did not let us in.
+        ConfigError: `kafka.options` has an option that the client does not know.
+    """
+    _complaints.last = ""
+    where = ", ".join(settings.bootstrap_servers)
+    try:
+        return factory(
+            bootstrap_servers=settings.bootstrap_servers,
+            client_id=CLIENT_ID,
+            bootstrap_timeout_ms=int(timeout_s * 1000),
+            **options,
+            **settings.options,
+        )
+    except (AssertionError, TypeError, ValueError, kafka.errors.KafkaConfigurationError) as error:
+        raise ConfigError(f"kafka.options: {error}") from error
+    except (kafka.errors.KafkaError, OSError) as error:
+        reason = _complaints.last or str(error)
+        if any(word in reason.lower() for word in REFUSALS):
+            raise BrokerRefused(f"the broker at {where} did not let us in: {reason}; see kafka.options") from error
+        raise BrokerUnavailable(f"no Kafka broker answers at {where}: {reason}; see kafka.bootstrap_servers") from error
+
+
+def describe_topic(settings: KafkaSettings, topic: str, timeout_s: float = 5.0) -> TopicDescription:
+    """Asks a broker what a topic is.
+
+    Raises:
+        BrokerUnavailable, BrokerRefused: no broker could be asked.
+        TopicMissing: there is no such topic.
+    """
+    admin = _connect(kafka.KafkaAdminClient, settings, timeout_s)
+    try:
+        cluster_id = admin.describe_cluster()["cluster_id"]
+        (found,) = admin.describe_topics([topic])
+    except kafka.errors.KafkaError as error:
+        raise BrokerUnavailable(f"the broker did not describe topic {topic!r}: {error}") from error
+    finally:
+        admin.close()
+    if found["error_code"] == UNKNOWN_TOPIC:
+        raise TopicMissing(f"topic {topic!r} does not exist at {', '.join(settings.bootstrap_servers)}")
+    if found["error_code"]:
+        code = kafka.errors.for_code(found["error_code"])
+        raise SourceError(f"topic {topic!r} cannot be described: {code.__name__}")
+    partitions = tuple(sorted(part["partition_index"] for part in found["partitions"]))
+    topic_id = found["topic_id"]
+    return TopicDescription(cluster_id, topic, str(topic_id) if topic_id else None, partitions)
+
+
+def create_topic(settings: KafkaSettings, topic: str, partitions: int = -1, timeout_s: float = 5.0) -> bool:
+    """Makes a topic unless it is there; -1 partitions leaves their number to the broker.
+
+    Returns:
+        Whether it was made.
+
+    Raises:
+        BrokerUnavailable, BrokerRefused: no broker could be asked.
+        SourceError: the broker will not make it.
+    """
+    admin = _connect(kafka.KafkaAdminClient, settings, timeout_s)
+    try:
+        (found,) = admin.describe_topics([topic])
+        if found["error_code"] == 0:
+            return False
+        admin.create_topics([kafka.admin.NewTopic(topic, partitions, -1)])
+        admin.wait_for_topics([topic])
+    except kafka.errors.TopicAlreadyExistsError:
+        return False
+    except kafka.errors.KafkaError as error:
+        raise SourceError(f"topic {topic!r} is not there and could not be made: {error}") from error
+    finally:
+        admin.close()
+    return True
+
+
+class Consumer:
+    """Reads assigned partitions of one topic, from offsets given, and never chooses an offset by itself."""
+
+    def __init__(self, settings: KafkaSettings, timeout_s: float = 5.0) -> None:
+        self._settings = settings
+        self._consumer = _connect(
+            kafka.KafkaConsumer,
+            settings,
+            timeout_s,
+            group_id=settings.group,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            isolation_level=settings.isolation,
+            max_partition_fetch_bytes=FETCH_BYTES,
+            allow_auto_create_topics=False,
+        )
+        self._assigned: dict[int, TopicPartition] = {}
+
+    def assign(self, offsets: Mapping[int, int | None]) -> dict[int, int]:
+        """Takes partitions at these offsets; None means where `kafka.start` says.
+
+        Returns:
+            The offset that each partition begins at.
+        """
+        self._assigned = {partition: TopicPartition(self._settings.topic, partition) for partition in offsets}
+        self._consumer.assign(list(self._assigned.values()))
+        fresh = [self._assigned[partition] for partition, offset in offsets.items() if offset is None]
+        begin = {**offsets, **self._start(fresh)} if fresh else offsets
+        for partition, offset in begin.items():
+            self._consumer.seek(self._assigned[partition], offset)
+        return {partition: int(offset or 0) for partition, offset in begin.items()}
+
+    def _start(self, partitions: Sequence[TopicPartition]) -> dict[int, int]:
+        try:
+            if self._settings.start == "earliest":
+                found = self._consumer.beginning_offsets(partitions)
+            else:
+                found = self._consumer.end_offsets(partitions)
+            if self._settings.start not in ("earliest", "latest"):
+                time = datetime.fromisoformat(self._settings.start)
+                since_ms = int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
+                at = self._consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
+                found = {part: at[part].offset if at.get(part) else end for part, end in found.items()}
+        except kafka.errors.KafkaError as error:
+            raise BrokerUnavailable(f"the broker did not say where {self._settings.topic!r} begins: {error}") from error
+        return {part.partition: offset for part, offset in found.items()}
+
+    def poll(self, max_records: int, timeout_s: float) -> list[Record]:
+        """Up to `max_records` records, in the order of their offsets within each partition.
+
+        Raises:
+            OffsetsLost: a partition no longer holds the offset that is next.
+            TopicChanged: its log is not the one read so far.
+            BrokerRefused: reading is not allowed.
+        """
+        try:
+            fetched = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
+        except kafka.errors.OffsetOutOfRangeError as error:
+            raise OffsetsLost(self._lost(error)) from error
+        except kafka.errors.LogTruncationError as error:
+            raise TopicChanged(
+                f"topic {self._settings.topic!r} was cut back or made again while it was read: {error}; "
+                "restore it, or give the trainer a new store.url to start over"
+            ) from error
+        except kafka.errors.AuthorizationError as error:
+            raise BrokerRefused(f"reading topic {self._settings.topic!r} is not allowed: {error}") from error
+        return [
+            Record(r.partition, r.offset, r.timestamp / 1000, r.key, r.value, r.headers)
+            for records in fetched.values()
+            for r in records
+        ]
+
+    def _lost(self, error: Exception) -> str:
+        bounds = []
+        with suppress(kafka.errors.KafkaError):
+            begin = self._consumer.beginning_offsets(list(self._assigned.values()))
+            for part, first in begin.items():
+                next_offset = self.position(part.partition)
+                bounds.append(f"partition {part.partition} begins at {first}, next to read is {next_offset}")
+        return (
+            f"topic {self._settings.topic!r} no longer holds what to resume from ({'; '.join(bounds) or error}); "
+            'set kafka.on_lost_offsets = "earliest" or "latest" to go on without them, or give a new store.url'
+        )
+
+    def position(self, partition: int) -> int:
+        """Offset of the next record of an assigned partition."""
+        return int(self._consumer.position(self._assigned[partition]))
+
+    def bounds(self) -> dict[int, tuple[int, int]]:
+        """First offset and end of each assigned partition, asked of the broker."""
+        parts = list(self._assigned.values())
+        try:
+            begin, end = self._consumer.beginning_offsets(parts), self._consumer.end_offsets(parts)
+        except kafka.errors.KafkaError as error:
+            raise BrokerUnavailable(f"the broker did not say where {self._settings.topic!r} ends: {error}") from error
+        return {part.partition: (begin[part], end[part]) for part in parts}
+
+    def seek(self, offsets: Mapping[int, int]) -> None:
+        """Goes on from these offsets."""
+        for partition, offset in offsets.items():
+            self._consumer.seek(self._assigned[partition], offset)
+
+    def ends(self) -> dict[int, int]:
+        """Where each partition ended at its last fetch; those never fetched from are left out."""
+        marks = {partition: self._consumer.highwater(part) for partition, part in self._assigned.items()}
+        return {partition: mark for partition, mark in marks.items() if mark is not None}
+
+    def commit(self, offsets: Mapping[int, int]) -> None:
+        """Shows offsets to the group's lag tools; nothing waits for it, and nothing depends on it."""
+        named = {self._assigned[partition]: OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
+        with suppress(kafka.errors.KafkaError):
+            self._consumer.commit_async(named)
+
+    def close(self) -> None:
+        """Leaves the broker."""
+        with suppress(kafka.errors.KafkaError):
+            self._consumer.close()
+
+
+class Producer:
+    """Sends records, and remembers those not yet acknowledged."""
+
+    def __init__(self, settings: KafkaSettings, timeout_s: float = 5.0) -> None:
+        self._producer = _connect(
+            kafka.KafkaProducer,
+            settings,
+            timeout_s,
+            acks="all",
+            linger_ms=LINGER_MS,
+            compression_type="lz4",
+        )
+        self._unacknowledged: list[Any] = []
+        self.acknowledged = 0
+
+    def send(
+        self, topic: str, value: bytes | None, key: bytes | None = None, headers: Iterable[tuple[str, bytes]] = ()
+    ) -> None:
+        """Queues a record; waits for acknowledgements when many are queued.
+
+        Raises:
+            PublishError: a record could not be sent, this one or one before it.
+        """
+        if len(self._unacknowledged) >= MAX_IN_FLIGHT:
+            self.flush()
+        try:
+            self._unacknowledged.append(self._producer.send(topic, value, key, list(headers)))
+        except kafka.errors.KafkaError as error:
+            raise PublishError(f"a record could not be sent to topic {topic!r}: {error}") from error
+
+    def flush(self, timeout_s: float = 60.0) -> None:
+        """Waits until all records sent are acknowledged.
+
+        Raises:
+            PublishError: one was not; those counted in `acknowledged` are safe.
+        """
+        waiting, self._unacknowledged = self._unacknowledged, []
+        failed, reason = 0, ""
+        try:
+            self._producer.flush(timeout_s)
+        except kafka.errors.KafkaError as error:
+            reason = str(error)
+        for future in waiting:
+            if future.succeeded():
+                self.acknowledged += 1
+            else:
+                failed, reason = failed + 1, str(future.exception or reason)
+        if failed:
+            raise PublishError(f"{failed} of {len(waiting)} records were not acknowledged: {reason}")
+
+    def close(self) -> None:
+        """Leaves the broker, giving up on what was not flushed."""
+        with suppress(kafka.errors.KafkaError):
+            self._producer.close(timeout=1)

@@ -1,0 +1,121 @@
+"""The trainer process: its parts put together, its signals, its end."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Final
+
+import structlog
+import torch
+
+from trainer.batching import Batcher
+from trainer.checkpoint import Checkpoint, Parts
+from trainer.config import Settings
+from trainer.dead_letter import DeadLetters
+from trainer.errors import BrokerUnavailable, ConfigError
+from trainer.kafka_client import Producer, create_topic
+from trainer.learner import Learner
+from trainer.loop import train
+from trainer.metrics import TrainerMetrics
+from trainer.schema import FeatureSchema
+from trainer.snapshot import SnapshotStore
+from trainer.source import KafkaSource, check_same_topic
+
+ABORTED: Final = 130  # exit code after a second signal
+OVERDUE: Final = 3  # exit code when a clean stop took longer than trainer.stop_grace_s
+
+log = structlog.get_logger()
+
+
+def run(settings: Settings) -> None:
+    """Trains until SIGTERM or SIGINT, then saves and returns. A second signal, or an overdue stop, ends it at once.
+
+    Raises:
+        TailstreamError: it cannot start, or cannot go on.
+    """
+    torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    store = SnapshotStore(settings.store.path)
+    metrics = TrainerMetrics()
+    with ExitStack() as stack:
+        stack.enter_context(store.lock())
+        stop = stack.enter_context(_stop_on_signals(settings.trainer.stop_grace_s))
+        port = metrics.serve(settings.trainer.metrics_host, settings.trainer.metrics_port)
+        log.info("trainer started", device=str(device), store=str(store.path), metrics_port=port, pid=os.getpid())
+        source = KafkaSource(settings.kafka, stop)
+        stack.callback(source.close)
+        learner = Learner(settings, schema, device)
+        source.wait()
+        if stop.is_set():
+            return
+        producer = _dead_letter_producer(settings, stop)
+        if producer is None:
+            return
+        stack.callback(producer.close)
+        dead_letters = DeadLetters(producer, settings.kafka.topic, settings.kafka.dead_letters)
+        parts = Parts(source, learner, store, dead_letters, metrics)
+        checkpoint = Checkpoint(settings, parts)
+        manifest = checkpoint.restore()
+        if manifest is not None:
+            check_same_topic(manifest, source.identity)
+        train(parts, checkpoint, Batcher(schema, settings.batch.size), settings.batch.max_wait_s, stop)
+        log.info("trainer stopped", samples=learner.samples)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting names; `auto` is CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ConfigError(f'device: {name!r} is not there; use "auto" or "cpu"')
+    return device
+
+
+def _dead_letter_producer(settings: Settings, stop: threading.Event) -> Producer | None:
+    """A producer, its topic made where it is missing; None when told to stop while the broker is away."""
+    while not stop.is_set():
+        try:
+            if create_topic(settings.kafka, settings.kafka.dead_letters):
+                log.info("made the dead-letter topic", topic=settings.kafka.dead_letters)
+            return Producer(settings.kafka)
+        except BrokerUnavailable as error:
+            log.warning("waiting for the broker", reason=str(error))
+            stop.wait(1.0)
+    return None
+
+
+@contextmanager
+def _stop_on_signals(grace_s: float) -> Iterator[threading.Event]:
+    """An event that the first SIGTERM or SIGINT sets."""
+    stop = threading.Event()
+
+    def overdue() -> None:
+        log.error("the stop took too long", grace_s=grace_s)
+        os._exit(OVERDUE)
+
+    timer = threading.Timer(grace_s, overdue)
+    timer.daemon = True
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(ABORTED)  # snapshots are whole or not there, so nothing is torn
+        log.info("stopping", signal=signal.Signals(number).name)
+        stop.set()
+        timer.start()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
