@@ -1,5 +1,8 @@
 """The console script `tailstream`: the trainer's commands, and those that start processes."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from trainer.cli import ConfigFile, explained, register
@@ -24,6 +27,41 @@ def serve(config: ConfigFile) -> None:
     settings = load(config)
     configure_logging(settings.trainer.log_format)
     run(settings)
+
+
+@app.command()
+@explained
+def demo(
+    rows: Annotated[int | None, typer.Option(min=1, help="Flights to publish; all 327,346 by default.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.001, help="Records a second at most.")] = None,
+    bootstrap_servers: Annotated[str | None, typer.Option(help="A Kafka to use; by default one is started.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the service.")] = 8000,
+    data_dir: Annotated[Path | None, typer.Option(help="Empty folder to keep; a temporary one by default.")] = None,
+    inject_bad: Annotated[int, typer.Option(min=0, help="Broken records to publish among the flights.")] = 0,
+    kill_trainer_at: Annotated[
+        int | None, typer.Option(min=1, help="SIGKILL the trainer after this many rows.")
+    ] = None,
+    exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End when all is learned.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a summary there.", dir_okay=False)] = None,
+) -> None:
+    """Watch a model learn a year of flight delays from a Kafka stream, and ask it for predictions."""
+    from service.children import exit_on_sigterm
+    from service.demo import DemoOptions, run_demo
+
+    exit_on_sigterm()
+    run_demo(
+        DemoOptions(
+            rows=rows,
+            rate=rate,
+            bootstrap_servers=bootstrap_servers,
+            port=port,
+            data_dir=data_dir,
+            inject_bad=inject_bad,
+            kill_trainer_at=kill_trainer_at,
+            exit_when_done=exit_when_done,
+            json_file=json_file,
+        )
+    )
 
 
 def main() -> None:

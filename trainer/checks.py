@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from trainer.batching import Record
 from trainer.config import Settings
-from trainer.errors import RecordError, SnapshotError, TailstreamError
+from trainer.errors import RecordError, SnapshotError, StoreLocked, TailstreamError
 from trainer.kafka_client import Consumer, create_topic, describe_topic
 from trainer.schema import FeatureSchema
 from trainer.snapshot import SnapshotStore, check_fits
@@ -108,6 +108,13 @@ def _dead_letters(settings: Settings) -> Finding:
 
 def _store(settings: Settings) -> Finding:
     store = SnapshotStore(settings.store.path)
+    try:
+        return _store_to_write(settings, store)
+    except StoreLocked:
+        return Finding(True, f"{store.path} is being written to by a trainer that runs")
+
+
+def _store_to_write(settings: Settings, store: SnapshotStore) -> Finding:
     with store.lock():
         probe = store.path / f".probe-{os.getpid()}-{threading.get_ident()}"
         try:

@@ -88,6 +88,22 @@ def _connect(factory: Callable[..., Any], settings: KafkaSettings, timeout_s: fl
         raise BrokerUnavailable(f"no Kafka broker answers at {where}: {reason}; see kafka.bootstrap_servers") from error
 
 
+def cluster_id(settings: KafkaSettings, timeout_s: float = 5.0) -> str | None:
+    """The id of the cluster that answers.
+
+    Raises:
+        BrokerUnavailable, BrokerRefused: none does, or none lets us in.
+    """
+    admin = _connect(kafka.KafkaAdminClient, settings, timeout_s)
+    try:
+        found: str | None = admin.describe_cluster()["cluster_id"]
+    except kafka.errors.KafkaError as error:
+        raise BrokerUnavailable(f"the broker did not say which cluster it is: {error}") from error
+    finally:
+        admin.close()
+    return found
+
+
 def describe_topic(settings: KafkaSettings, topic: str, timeout_s: float = 5.0) -> TopicDescription:
     """Asks a broker what a topic is.
 

@@ -1,0 +1,63 @@
+# Everything a developer runs. `make help` lists it.
+
+VENV   ?= .venv
+PYTHON ?= python3
+# Installed first and pinned, so that a CPU build already on disk is taken where there is one.
+# For the CPU build elsewhere: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+JSON   ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+bin := $(VENV)/bin
+json := $(if $(JSON),--json $(JSON))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench bench-bmc bench-synthetic test-compose up down clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(VENV)/.installed ## Make the virtual environment
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
+	$(bin)/pip install -q $(TORCH)
+	$(bin)/pip install -q -e '.[dev]'
+	touch $@
+
+demo: install ## Learn flight delays from a Kafka stream and serve predictions (ARGS="--rows 50000 ...")
+	@$(bin)/tailstream demo $(ARGS)
+
+test: install ## Run the tests (ARGS="-k name")
+	$(bin)/pytest -n 2 --dist worksteal $(ARGS)
+
+check: install ## Lint, types, layers, formatting
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+
+format: install ## Format the code
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+
+bench: bench-bmc bench-synthetic ## Run the benchmarks
+
+bench-bmc: install ## Time, memory and error of the BMC loss (JSON=FILE)
+	$(bin)/python -m tests.benchmarks.bmc $(json)
+
+bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
+	$(bin)/python -m tests.benchmarks.synthetic $(json)
+
+test-compose: install ## Bring the whole stack up in Docker, use it, kill a part, bring it down (JSON=FILE)
+	$(bin)/python -m tests.compose $(json)
+
+up: ## docker compose up, with flights published (http://127.0.0.1:8000)
+	docker compose --profile demo up -d --build
+
+down: ## Bring it down, volumes too
+	docker compose --profile demo down --volumes
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m service` is `tailstream`."""
+
+from service.cli import main
+
+main()
