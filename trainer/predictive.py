@@ -1,0 +1,281 @@
+"""The answer under any label prior: from a head's density and the label density to a point and an interval.
+
+A head trained by a balanced loss gives h(y|x) ~ p(y|x) / p(y), as if every label were equally likely; one trained by a
+plain likelihood gives h ~ p(y|x); one trained by a likelihood with weights w(y) gives h ~ w(y) p(y|x). With the label
+density p(y) beside it, Bayes' rule gives the answer at any balance b between the stream's own prior (0) and all labels
+alike (1):
+
+    p_b(y|x) ~ p(y|x) p(y)^-b m(y)^b,    m(y) = min(1, labels within one bandwidth / 10),
+
+on the cells of a LabelGrid, where m keeps the answer off regions that hardly any label has been seen in. The label is
+uniform within a cell: point, interval and score all follow from the cells' probabilities.
+
+Every row is computed by operations of its own, in tiles of a fixed number of rows.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trainer.label_density import LabelGrid
+
+LearnedPrior = Literal["uniform", "stream", "weighted"]
+"""What h(y|x) is proportional to: p(y|x) / p(y), p(y|x), or w(y) p(y|x)."""
+Point = Literal["median", "mean"]
+
+_TILE_ROWS = 128  # few enough for a tile of 256 cells to stay in the second-level cache
+_LEAST_EXPONENT = -60.0
+_RELIABLE_TOTAL = 1e-15  # below it what was cut off at the least exponent may matter: the row is done in float64
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Components:
+    """A head's density for B rows, a mixture of K Gaussians; K = 1 for a Gaussian head.
+
+    Attributes:
+        log_weights: (B, K) natural logs of the mixture weights.
+        means: (B, K) in label standard deviations from the label mean.
+        scales: (B, K) standard deviations of the components, in label standard deviations; positive.
+        label_mean: (), raw label units.
+        label_sd: (), raw label units; positive.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    scales: Tensor
+    label_mean: Tensor | float = 0.0
+    label_sd: Tensor | float = 1.0
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """Answers for B rows, in raw label units, float64.
+
+    Attributes:
+        point: (B,) median or mean.
+        lower: (B,) lower end of the interval, or None if no interval was asked for; never above the point.
+        upper: (B,) upper end, or None; never below the point.
+    """
+
+    point: Tensor
+    lower: Tensor | None = None
+    upper: Tensor | None = None
+
+
+@torch.no_grad()
+def predict(
+    components: Components,
+    grid: LabelGrid,
+    *,
+    learned_prior: LearnedPrior,
+    balance: float,
+    point: Point = "median",
+    interval: float | tuple[float, float] | None = None,
+) -> Predictive:
+    """Answer for each row with a point and, if asked, an interval.
+
+    Never NaN. A row whose density reaches no cell of the grid (parameters that are not finite, or so far away that
+    float64 underflows) is answered by the marginal label density at that balance, p(y)^(1-b) m(y)^b. On an empty grid
+    the answer is the head's own mean, and the quantiles of the Gaussian with the head's mean and variance.
+
+    Args:
+        components: the head's density.
+        grid: the label density that the head was trained beside.
+        learned_prior: what the head's loss makes it learn.
+        balance: 0 for the stream's own label prior, 1 for all labels alike, or between.
+        point: the median makes the absolute error small, the mean the squared error.
+        interval: the probability of a central interval, or the two probability levels of its ends. An interval that
+            would leave out the point (the mean of a skewed density) is widened to reach it.
+
+    Returns:
+        Point and interval, raw label units.
+
+    Raises:
+        ValueError: balance is outside [0, 1], or the interval's levels are not increasing within (0, 1).
+    """
+    levels = _levels(interval)
+    tilt = _log_tilt(grid, learned_prior, balance)
+    wanted = [0.5, *levels] if point == "median" else list(levels)
+    if not len(grid):
+        return _head_alone(components, levels)
+    mass = _masses(components, grid, tilt, _log_marginal(grid, balance))
+    cumulative = mass.cumsum(1)
+    answers = _quantiles(cumulative, mass.new_tensor(wanted), grid)
+    if point == "mean":
+        # Offsets from the first edge keep the precision of labels that are large and close together.
+        offsets = (grid.centres - grid.edges[0]).float()
+        mean = grid.edges[0] + ((mass * offsets).sum(1, keepdim=True) / cumulative[:, -1:]).double()
+        answers = torch.cat([mean, answers], 1)
+    centre, *ends = answers.T.contiguous()
+    if not ends:
+        return Predictive(centre)
+    return Predictive(centre, torch.minimum(centre, ends[0]), torch.maximum(centre, ends[1]))
+
+
+@torch.no_grad()
+def cell_probabilities(
+    components: Components, grid: LabelGrid, *, learned_prior: LearnedPrior, balance: float
+) -> Tensor:
+    """Return p_b(cell|x) for every cell of the grid, (B, G) float32, rows summing to 1; NaN-free like `predict`.
+
+    Raises:
+        ValueError: balance is outside [0, 1].
+    """
+    tilt = _log_tilt(grid, learned_prior, balance)
+    if not len(grid):
+        return components.means.new_empty(len(components.means), 0, dtype=torch.float32)
+    mass = _masses(components, grid, tilt, _log_marginal(grid, balance))
+    return mass / mass.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def log_score(components: Components, grid: LabelGrid, labels: Tensor, *, learned_prior: LearnedPrior) -> Tensor:
+    """Return log p_0(y|x) of the true labels, natural logs, per raw label unit: the larger, the better.
+
+    It is the log of a density that integrates to one, constant within each cell. A label beyond the range counts as if
+    its end cell reached out to it. A probability that underflows counts as the smallest float32.
+
+    Args:
+        components: the head's density for B rows.
+        grid: the label density; on an empty grid the mixture's own density is scored.
+        labels: (B,) raw label units.
+        learned_prior: what the head's loss makes it learn.
+
+    Returns:
+        (B,) float32, finite.
+    """
+    if not len(grid):
+        offsets = ((labels - components.label_mean) / components.label_sd).unsqueeze(1) - components.means
+        terms = components.log_weights - components.scales.log() - 0.5 * (offsets / components.scales) ** 2
+        sd = torch.as_tensor(components.label_sd, dtype=terms.dtype, device=terms.device)
+        scores = torch.logsumexp(terms, 1) - 0.5 * math.log(2 * math.pi) - sd.log()
+        return scores.float().nan_to_num(nan=-math.inf).clamp_min(math.log(_TINY))
+    raw = labels.to(grid.edges)
+    cells = grid.cell_of(raw)
+    beyond = (grid.edges[0] - raw).clamp_min(0.0) + (raw - grid.edges[-1]).clamp_min(0.0)
+    tilt = _log_tilt(grid, learned_prior, balance=0.0)
+    mass = _masses(components, grid, tilt, _log_marginal(grid, balance=0.0))
+    share = mass.gather(1, cells[:, None])[:, 0] / mass.sum(1)
+    return (share.clamp_min(_TINY).log() - (grid.widths[cells] + beyond).log()).float()
+
+
+def _levels(interval: float | tuple[float, float] | None) -> tuple[float, ...]:
+    """Return the probability levels of an interval's ends, or nothing."""
+    if interval is None:
+        return ()
+    lower, upper = interval if isinstance(interval, tuple) else ((1 - interval) / 2, (1 + interval) / 2)
+    if not 0 < lower < upper < 1:
+        raise ValueError(f"an interval needs levels 0 < lower < upper < 1, not {lower} and {upper}")
+    return lower, upper
+
+
+def _log_tilt(grid: LabelGrid, learned_prior: LearnedPrior, balance: float) -> Tensor:
+    """Return the (G,) log of what h(y|x) is multiplied with in each cell, its width included."""
+    if not 0 <= balance <= 1:
+        raise ValueError(f"balance must be between 0 (the stream's prior) and 1 (all labels alike), not {balance}")
+    tilt = grid.widths.log().float() + balance * (grid.log_mask - grid.log_density)
+    match learned_prior:
+        case "uniform":
+            return tilt + grid.log_density
+        case "stream":
+            return tilt
+        case "weighted":
+            return tilt - grid.log_weights
+
+
+def _log_marginal(grid: LabelGrid, balance: float) -> Tensor:
+    """Return the (G,) log of p(y)^(1-b) m(y)^b times the width of each cell, up to a constant."""
+    return grid.widths.log().float() + (1 - balance) * grid.log_density + balance * grid.log_mask
+
+
+def _masses(components: Components, grid: LabelGrid, log_tilt: Tensor, log_marginal: Tensor) -> Tensor:
+    """Return (B, G) float32, proportional to p_b(cell|x); every row has a finite, positive sum.
+
+    h is taken at the middle of a cell. That sum is exact to .1% as long as cells are narrower than two standard
+    deviations of a component; a component narrower than that is widened to half a cell, or it could fall in between.
+    """
+    edges = ((grid.edges - components.label_mean) / components.label_sd).float()
+    centres, half_widths = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
+    means = components.means.float().contiguous()
+    cells = torch.bucketize(means, edges[1:-1])
+    scales = torch.maximum(components.scales.float(), half_widths[cells])
+    log_heights = components.log_weights.float() - scales.log()
+    # What is largest at the means is nearly always largest of all: without it, exp neither over- nor underflows.
+    log_heights = log_heights - (log_heights + log_tilt[cells]).amax(1, keepdim=True)
+    inverse = math.sqrt(0.5) / scales
+    parameters = torch.stack([log_heights, means, inverse])  # (3, B, K)
+    mass = torch.empty(len(means), len(grid), device=means.device)
+    term = torch.empty_like(mass[:_TILE_ROWS])
+    for start in range(0, len(means), _TILE_ROWS):
+        rows = slice(start, start + _TILE_ROWS)
+        _write_mixture(parameters[:, rows], centres, log_tilt, term, out=mass[rows])
+    total = mass.sum(1)
+    lost = ~((total > _RELIABLE_TOTAL) & (total < math.inf))
+    if bool(lost.any()):
+        mass[lost] = _careful_masses(parameters[:, lost], centres, log_tilt, log_marginal)
+    return mass
+
+
+def _write_mixture(parameters: Tensor, centres: Tensor, log_tilt: Tensor, term: Tensor, out: Tensor) -> None:
+    """Write sum_k exp(log_height + log_tilt - ((centre - mean) * inverse)^2) to `out`, (R, G).
+
+    One component at a time in one buffer: a tile stays in cache, and only exp costs more than a pass over it.
+
+    Args:
+        parameters: (3, R, K) log heights, means, inverses of sqrt(2) scales.
+        centres: (G,) of the cells.
+        log_tilt: (G,) of the cells.
+        term: (R or more, G) memory to work in.
+        out: (R, G).
+    """
+    term = term[: len(out)]
+    for k, (log_height, mean, inverse) in enumerate(parameters.permute(2, 0, 1).unsqueeze(3).unbind(0)):
+        torch.sub(centres, mean, out=term)
+        term.mul_(inverse)
+        torch.addcmul(log_tilt, term, term, value=-1, out=term)
+        term.add_(log_height).clamp_min_(_LEAST_EXPONENT)  # exp is several times slower where it nears underflow
+        if k == 0:
+            torch.exp(term, out=out)
+        else:
+            out += term.exp_()
+
+
+def _careful_masses(parameters: Tensor, centres: Tensor, log_tilt: Tensor, log_marginal: Tensor) -> Tensor:
+    """Return what `_mixture` does, its largest 1, in logs and float64; the marginal where that is not finite either."""
+    log_heights, means, inverse = parameters.double().unsqueeze(3)  # (R, K, 1) each
+    offsets = (centres.double() - means) * inverse
+    logs = torch.logsumexp(log_heights - offsets**2, 1) + log_tilt.double()
+    usable = logs.amax(1, keepdim=True).isfinite()
+    logs = torch.where(usable, logs, log_marginal.double())
+    return torch.exp(logs - logs.amax(1, keepdim=True)).float()
+
+
+def _quantiles(cumulative: Tensor, probabilities: Tensor, grid: LabelGrid) -> Tensor:
+    """Return the (R, Q) float64 quantiles of running sums (R, G), linear within a cell, in raw label units."""
+    targets = cumulative[:, -1:] * probabilities
+    cells = torch.searchsorted(cumulative, targets).clamp_max_(len(grid) - 1)
+    above = cumulative.gather(1, cells)
+    below = torch.where(cells > 0, cumulative.gather(1, (cells - 1).clamp_min(0)), 0.0)
+    part = ((targets - below) / (above - below).clamp_min(_TINY)).clamp_(0.0, 1.0)
+    return torch.lerp(grid.edges[cells], grid.edges[cells + 1], part.double())
+
+
+def _head_alone(components: Components, levels: tuple[float, ...]) -> Predictive:
+    """Answer from the mixture's mean and variance, as there is no label density; what is not finite counts as 0."""
+    weights = components.log_weights.double().exp()
+    means = components.means.double()
+    mean = (weights * means).sum(1)
+    variance = (weights * (components.scales.double() ** 2 + (means - mean[:, None]) ** 2)).sum(1)
+    mean, sd = (value.nan_to_num(0.0, 0.0, 0.0) for value in (mean, variance.sqrt()))
+    ends = [
+        components.label_mean + components.label_sd * (mean + sd * torch.special.ndtri(mean.new_tensor(level)))
+        for level in levels
+    ]
+    answer = components.label_mean + components.label_sd * mean
+    if not ends:
+        return Predictive(answer)
+    return Predictive(answer, torch.minimum(answer, ends[0]), torch.maximum(answer, ends[1]))
