@@ -46,14 +46,14 @@ def softmax_moments_1d(
     """
     shift = labels - reference[:, None]
     # Not (y + r - 2p): that rounds at the size of the labels' offset, this at the size of the distance.
-    excess = (shift + 2 * (reference - pred)[:, None]) * shift
+    excess = (shift + 2 * (reference - pred)[:, None]).mul_(shift)
     exponent = excess * (-0.5 / variance)
     if log_weights is not None:
-        exponent = exponent + log_weights
+        exponent += log_weights
     peak: Tensor | float = 0.0
     if not peak_is_zero:
         peak = exponent.amax(1)
-        exponent = exponent - peak[:, None]
+        exponent -= peak[:, None]
     weight = exponent.clamp_(min=LOWEST_EXPONENT).exp_()
     total = weight.sum(1)
     mean_shift = shift.mul_(weight).sum(1) / total
