@@ -48,18 +48,26 @@ def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callab
     )
     decode_request = msgspec.json.Decoder(request_type).decode
     row = schema.row
+    probe = msgspec.json.Decoder(_Probe).decode
     alone = Asked(settings.default_balance)
+
+    def bare(body: bytes, refusal: Exception) -> Question:
+        try:
+            if isinstance(refusal, msgspec.ValidationError) and probe(body).instances is msgspec.UNSET:
+                return Question([schema.decode_instance(body)], alone)
+        except msgspec.ValidationError:
+            pass  # not even an object
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            refusal = error  # the decoder gave up at a wrong field, before it came to the broken place
+        except RecordError as error:
+            raise _problem(error, error.field, None) from None
+        raise _request_problem(explain(refusal)) from None
 
     def decode(body: bytes) -> Question:
         try:
             request: Any = decode_request(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            if isinstance(error, msgspec.ValidationError) and _is_bare(body):
-                try:
-                    return Question([schema.decode_instance(body)], alone)
-                except RecordError as fault:
-                    raise _problem(fault, fault.field, None) from None
-            raise _request_problem(explain(error)) from None
+            return bare(body, error)
         rows: list[Row] = []
         try:
             rows.extend(map(row, request.instances))
@@ -71,15 +79,9 @@ def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callab
 
 
 class _Probe(msgspec.Struct):
+    """Tells a request from a bare record, which has no `instances`."""
+
     instances: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
-def _is_bare(body: bytes) -> bool:
-    """Whether the body is an object without `instances`, that is, a record by itself."""
-    try:
-        return msgspec.json.decode(body, type=_Probe).instances is msgspec.UNSET
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return False
 
 
 def _request_problem(error: RecordError) -> Problem:

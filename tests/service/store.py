@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -135,6 +136,4 @@ def in_process(settings: Settings, version: int) -> Predictor:
 
 
 def _json(record: dict[str, Any]) -> bytes:
-    import json
-
-    return json.dumps(record).encode()
+    return msgspec.json.encode(record)

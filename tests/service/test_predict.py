@@ -1,0 +1,162 @@
+"""The answer over HTTP is the model's own, to the last bit, whatever else is asked at the same time."""
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from service.predictor import Asked, Predictor, Question
+from tests.service.conftest import running
+from tests.service.store import in_process, instance, make_settings, write_snapshot
+from trainer.config import Settings
+from trainer.predictive import Predictive
+from trainer.schema import FeatureSchema, Row
+
+ASKED = [
+    {"balance": 0.0},
+    {"balance": 1.0, "interval": 0.9},
+    {"balance": 0.3, "interval": 0.5, "point": "mean"},
+    {"balance": 0.5, "point": "mean"},
+    {},
+]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A model of the usual width: kernels are chosen by size."""
+    settings = make_settings(tmp_path_factory.mktemp("store"), hidden=(128, 128))
+    write_snapshot(settings)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def client(settings: Settings) -> Iterator[httpx.Client]:
+    with running(settings) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def predictor(settings: Settings) -> Predictor:
+    return in_process(settings, 1)
+
+
+@pytest.fixture(scope="module")
+def rows(settings: Settings) -> list[Row]:
+    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    return [schema.decode_instance(msgspec.json.encode(instance(i))) for i in range(200)]
+
+
+def lists(answer: Predictive) -> dict[str, Any]:
+    named = {"predictions": answer.point, "lower": answer.lower, "upper": answer.upper}
+    return {name: column.tolist() for name, column in named.items() if column is not None}
+
+
+def expected(predictor: Predictor, rows: list[Row], asked: dict[str, Any]) -> dict[str, Any]:
+    balance = asked.get("balance", 0.5)
+    answer = predictor.predict(rows, balance, asked.get("interval"), asked.get("point", "median"))
+    return {**lists(answer), "balance": balance, "model_version": 1}
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_http_equals_in_process_alone_and_in_a_batch(
+    client: httpx.Client, predictor: Predictor, rows: list[Row], asked: dict[str, Any]
+) -> None:
+    whole = client.post("/predict", json={"instances": [instance(i) for i in range(200)], **asked}).json()
+    assert whole == expected(predictor, rows, asked)
+    assert len(set(whole["predictions"])) > 150  # the model tells rows apart
+    for i in range(0, 200, 17):
+        alone = client.post("/predict", json={"instances": [instance(i)], **asked}).json()
+        assert alone["predictions"] == [whole["predictions"][i]]
+        assert alone.get("lower") == ([whole["lower"][i]] if "interval" in asked else None)
+
+
+def test_concurrent_requests_do_not_touch_each_other(
+    client: httpx.Client, predictor: Predictor, rows: list[Row]
+) -> None:
+    """Hundreds at once, of all sizes and questions, so that passes join what differs."""
+
+    async def ask_all() -> list[tuple[list[int], dict[str, Any], httpx.Response]]:
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=20) as many:
+
+            async def ask(i: int) -> tuple[list[int], dict[str, Any], httpx.Response]:
+                numbers = [(i * 7 + k) % 200 for k in range(1 if i % 3 else i % 90 + 1)]
+                body = {"instances": [instance(n) for n in numbers], **ASKED[i % len(ASKED)]}
+                return numbers, ASKED[i % len(ASKED)], await many.post("/predict", json=body)
+
+            return await asyncio.gather(*(ask(i) for i in range(200)))
+
+    for numbers, asked, response in asyncio.run(ask_all()):
+        assert response.status_code == 200
+        assert response.json() == expected(predictor, [rows[n] for n in numbers], asked)
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(
+    parts=st.lists(
+        st.tuples(st.integers(0, 199), st.integers(1, 130), st.sampled_from([Asked(0.0), Asked(1.0, 0.9), Asked(0.3)])),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_an_answer_depends_on_nothing_else_in_the_pass(
+    predictor: Predictor, rows: list[Row], parts: list[tuple[int, int, Asked]]
+) -> None:
+    questions = [Question([rows[(start + k) % 200] for k in range(count)], asked) for start, count, asked in parts]
+    together = predictor.answer(questions)
+    assert together == [predictor.answer([question])[0] for question in questions]
+    for question, answer in zip(questions, together, strict=True):
+        assert (
+            answer.predictions
+            == [predictor.answer([Question([r], question.asked)])[0].predictions[0] for r in question.rows[:3]]
+            + answer.predictions[3:]
+        )
+
+
+def test_a_bare_record_is_answered_like_one_instance(client: httpx.Client) -> None:
+    bare = client.post("/predict", json=instance(3))
+    assert bare.status_code == 200
+    assert bare.json() == client.post("/predict", json={"instances": [instance(3)]}).json()
+    assert list(bare.json()) == ["predictions", "balance", "model_version"]
+
+
+@pytest.mark.parametrize(
+    ("change", "changes_the_answer"),
+    [
+        ({"dep_delay": None}, True),
+        ({"carrier": "no such carrier"}, True),
+        ({"extra": {"deeply": ["nested", 1]}}, False),
+        ({"arr_delay": "the label, of a wrong type too"}, False),
+    ],
+    ids=str,
+)
+def test_incomplete_and_unknown_values_are_answered(
+    client: httpx.Client, change: dict[str, Any], changes_the_answer: bool
+) -> None:
+    known = client.post("/predict", json=instance(0)).json()
+    response = client.post("/predict", json={**instance(0), **change})
+    assert response.status_code == 200
+    assert (response.json() != known) == changes_the_answer
+
+
+def test_a_missing_feature_is_a_null_one(client: httpx.Client) -> None:
+    without = instance(0)
+    without.pop("weather")
+    null = {**instance(0), "weather": None}
+    inner = {**instance(0), "weather": {"wind": None}}
+    answers = [client.post("/predict", json=record).json() for record in (without, null, inner)]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_an_interval_holds_the_point(client: httpx.Client) -> None:
+    for point in ("median", "mean"):
+        body = {"instances": [instance(i) for i in range(50)], "interval": 0.8, "point": point, "balance": 1}
+        answer = client.post("/predict", json=body).json()
+        for low, middle, high in zip(answer["lower"], answer["predictions"], answer["upper"], strict=True):
+            assert low <= middle <= high
+            assert low < high
