@@ -175,20 +175,24 @@ def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) 
     """What the service says of itself."""
     router = APIRouter()
 
-    @router.get("/model", operation_id="get_model", tags=["model"], responses=problems(401, 503))
+    @router.get(
+        "/model", operation_id="get_model", summary="The model in use", tags=["model"], responses=problems(401, 503)
+    )
     async def get_model() -> ModelResponse:
         """What the model in use is, where in the stream it stands, and how well it does."""
         if watcher.predictor is None:
             raise Problem(NOT_READY, f"There is no model yet: {watcher.trouble}.")
         return model_response(watcher.predictor.manifest, watcher.trouble)
 
-    @router.get("/livez", operation_id="get_livez", tags=["health"])
+    @router.get("/livez", operation_id="get_livez", summary="Alive?", tags=["health"])
     async def get_livez() -> Alive:
         """Whether the process lives."""
         return Alive()
 
-    @router.get("/healthz", operation_id="get_healthz", tags=["health"], responses=problems(503))
-    @router.get("/readyz", operation_id="get_readyz", tags=["health"], responses=problems(503))
+    @router.get(
+        "/healthz", operation_id="get_healthz", summary="Ready? (alias)", tags=["health"], responses=problems(503)
+    )
+    @router.get("/readyz", operation_id="get_readyz", summary="Ready?", tags=["health"], responses=problems(503))
     async def get_readyz() -> Ready:
         """Whether there is a model to predict with that is not too old; if not, why."""
         why = not_ready_because(watcher, settings)
@@ -199,6 +203,7 @@ def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) 
     @router.get(
         "/metrics",
         operation_id="get_metrics",
+        summary="Metrics for Prometheus",
         tags=["health"],
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus text."}},
