@@ -32,7 +32,8 @@ _RANGE_PADDING = 3e-3  # in u, beyond the extreme labels, so that all-equal labe
 _GROWTH_MARGIN = 0.5  # in u, beyond the extreme labels: how far the range can grow before counts have to move
 _FORGOTTEN_LABELS = 1e-3  # a cell at an end that holds less is no longer part of the range
 _NEGLIGIBLE_LABELS = 1e-9  # set to zero before they become denormal numbers, which are slow
-_REVIEW_LABELS = 4096  # the axis is compared with the labels every batch at first, then once in so many
+_SETTLING_LABELS = 4096  # until then the axis is compared with the labels at every batch, afterwards
+_REVIEWS_PER_WINDOW = 4  # as often as this
 _CENTRE_TOLERANCE_SD = 0.25
 _SD_TOLERANCE = 1.25
 _RECENT_LABELS = 256  # kept as they are: they tell labels that tie from labels that the cells are too wide for
@@ -143,7 +144,7 @@ class LabelDensity(nn.Module):
         self.register_buffer("counts", torch.zeros(cells, dtype=torch.float64))  # (N,) decayed labels in each cell
         self.register_buffer("axis", torch.zeros(4, dtype=torch.float64))  # centre, unit, first edge in u, cell in u
         self.register_buffer("extremes", torch.zeros(2, dtype=torch.float64))  # least and greatest label
-        self.register_buffer("recent", torch.zeros(_RECENT_LABELS, dtype=torch.float64))  # the last labels, in a ring
+        self.register_buffer("recent", torch.zeros(_RECENT_LABELS, dtype=torch.float64))  # the last labels, newest last
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # labels ever observed
 
     @torch.no_grad()
@@ -157,10 +158,10 @@ class LabelDensity(nn.Module):
             return
         values = labels.detach().to(self.counts)
         seen = int(self.seen)
-        newest = torch.arange(max(0, len(values) - _RECENT_LABELS), len(values), device=values.device)
-        self.recent[(seen + newest) % _RECENT_LABELS] = values[newest]
-        due = seen < _REVIEW_LABELS or seen // _REVIEW_LABELS != (seen + len(values)) // _REVIEW_LABELS
-        self.seen += len(values)
+        self.recent.copy_(torch.cat([self.recent, values[-_RECENT_LABELS:]])[-_RECENT_LABELS:])
+        interval = self.window_labels / _REVIEWS_PER_WINDOW
+        due = seen < _SETTLING_LABELS or seen // interval != (seen + len(values)) // interval
+        self.seen.add_(len(values))
         if self._widen_extremes(values, first=not seen) or due:
             self._review_axis(values)
         centre, unit, first, step = self.axis.tolist()
@@ -208,7 +209,7 @@ class LabelDensity(nn.Module):
 
     def _widen_extremes(self, values: Tensor, first: bool) -> bool:
         """Let `extremes` enclose the values; say whether they now reach beyond the counting cells."""
-        lowest, highest = torch.stack(torch.aminmax(values)).tolist()
+        lowest, highest = (float(extreme) for extreme in torch.aminmax(values))
         least, greatest = (math.inf, -math.inf) if first else self.extremes.tolist()
         if least <= lowest and highest <= greatest:
             return False
@@ -235,7 +236,7 @@ class LabelDensity(nn.Module):
         held = torch.nonzero(self.counts)[:, 0]
         values = torch.cat([(label_edges[held] + label_edges[held + 1]) / 2, fresh])
         weights = torch.cat([self.counts[held], torch.ones_like(fresh)])
-        recent = self.recent[: int(self.seen)]
+        recent = self.recent[-int(self.seen) :]
         new_centre, sd = _centre_and_sd(values, weights, recent, resolution=2 * step * unit)
         new_unit = _UNIT_PER_SD * sd
         new_first, new_last = (_asinh(float(extreme), new_centre, new_unit) for extreme in self.extremes)
@@ -321,15 +322,17 @@ def _centre_and_sd(values: Tensor, weights: Tensor, recent: Tensor, resolution: 
     """
     counted = _Sample(values, weights)
     exact = _Sample(recent, torch.ones_like(recent))
+    # Less is the rounding of the labels, or would be lost when it is squared.
+    rounding = max(1e-12 * abs(counted.quantile(0.5)), 1e-100)
     # The distance between the quantiles p and 1 - p of a normal variable, in standard deviations.
     for level, normal in ((0.25, 1.349), (0.05, 3.290), (0.01, 4.653)):
-        for sample, least in ((counted, resolution), (exact, 0.0)):
+        for sample, least in ((counted, max(resolution, rounding)), (exact, rounding)):
             spread = (sample.quantile(1 - level) - sample.quantile(level)) / normal
             if spread > least:
-                return sample.quantile(0.5), sample.sd(_WINSOR_SPREADS * spread)
+                return sample.quantile(0.5), max(sample.sd(_WINSOR_SPREADS * spread), rounding)
     centre, sd = counted.quantile(0.5), counted.sd(math.inf)
-    # All equal: any unit will do until a second value comes, if it is coarser than the rounding of the label.
-    return centre, sd if sd > 1e-12 * abs(centre) else 1e-3 * max(abs(centre), 1.0)
+    # All equal: any unit will do until a second value comes.
+    return centre, sd if sd > rounding else 1e-3 * max(abs(centre), 1.0)
 
 
 class _Sample:

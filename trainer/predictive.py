@@ -98,11 +98,11 @@ def predict(
         ValueError: balance is outside [0, 1], or the interval's levels are not increasing within (0, 1).
     """
     levels = _levels(interval)
-    tilt = _log_tilt(grid, learned_prior, balance)
+    _check_balance(balance)
     wanted = [0.5, *levels] if point == "median" else list(levels)
     if not len(grid):
         return _head_alone(components, levels)
-    mass = _masses(components, grid, tilt, _log_marginal(grid, balance))
+    mass = _masses(components, grid, learned_prior, balance)
     cumulative = mass.cumsum(1)
     answers = _quantiles(cumulative, mass.new_tensor(wanted), grid)
     if point == "mean":
@@ -125,10 +125,10 @@ def cell_probabilities(
     Raises:
         ValueError: balance is outside [0, 1].
     """
-    tilt = _log_tilt(grid, learned_prior, balance)
+    _check_balance(balance)
     if not len(grid):
         return components.means.new_empty(len(components.means), 0, dtype=torch.float32)
-    mass = _masses(components, grid, tilt, _log_marginal(grid, balance))
+    mass = _masses(components, grid, learned_prior, balance)
     return mass / mass.sum(1, keepdim=True)
 
 
@@ -157,8 +157,7 @@ def log_score(components: Components, grid: LabelGrid, labels: Tensor, *, learne
     raw = labels.to(grid.edges)
     cells = grid.cell_of(raw)
     beyond = (grid.edges[0] - raw).clamp_min(0.0) + (raw - grid.edges[-1]).clamp_min(0.0)
-    tilt = _log_tilt(grid, learned_prior, balance=0.0)
-    mass = _masses(components, grid, tilt, _log_marginal(grid, balance=0.0))
+    mass = _masses(components, grid, learned_prior, balance=0.0)
     share = mass.gather(1, cells[:, None])[:, 0] / mass.sum(1)
     return (share.clamp_min(_TINY).log() - (grid.widths[cells] + beyond).log()).float()
 
@@ -173,10 +172,13 @@ def _levels(interval: float | tuple[float, float] | None) -> tuple[float, ...]:
     return lower, upper
 
 
-def _log_tilt(grid: LabelGrid, learned_prior: LearnedPrior, balance: float) -> Tensor:
-    """Return the (G,) log of what h(y|x) is multiplied with in each cell, its width included."""
+def _check_balance(balance: float) -> None:
     if not 0 <= balance <= 1:
         raise ValueError(f"balance must be between 0 (the stream's prior) and 1 (all labels alike), not {balance}")
+
+
+def _log_tilt(grid: LabelGrid, learned_prior: LearnedPrior, balance: float) -> Tensor:
+    """Return the (G,) log of what h(y|x) is multiplied with in each cell, its width included."""
     tilt = grid.widths.log().float() + balance * (grid.log_mask - grid.log_density)
     match learned_prior:
         case "uniform":
@@ -192,12 +194,13 @@ def _log_marginal(grid: LabelGrid, balance: float) -> Tensor:
     return grid.widths.log().float() + (1 - balance) * grid.log_density + balance * grid.log_mask
 
 
-def _masses(components: Components, grid: LabelGrid, log_tilt: Tensor, log_marginal: Tensor) -> Tensor:
+def _masses(components: Components, grid: LabelGrid, learned_prior: LearnedPrior, balance: float) -> Tensor:
     """Return (B, G) float32, proportional to p_b(cell|x); every row has a finite, positive sum.
 
     h is taken at the middle of a cell. That sum is exact to .1% as long as cells are narrower than two standard
     deviations of a component; a component narrower than that is widened to half a cell, or it could fall in between.
     """
+    log_tilt = _log_tilt(grid, learned_prior, balance)
     edges = ((grid.edges - components.label_mean) / components.label_sd).float()
     centres, half_widths = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
     means = components.means.float().contiguous()
@@ -216,7 +219,7 @@ def _masses(components: Components, grid: LabelGrid, log_tilt: Tensor, log_margi
     total = mass.sum(1)
     lost = ~((total > _RELIABLE_TOTAL) & (total < math.inf))
     if bool(lost.any()):
-        mass[lost] = _careful_masses(parameters[:, lost], centres, log_tilt, log_marginal)
+        mass[lost] = _careful_masses(parameters[:, lost], centres, log_tilt, _log_marginal(grid, balance))
     return mass
 
 

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from trainer.label_density import LabelDensity, LabelGrid
 
-LABELS = st.floats(-1e9, 1e9, allow_nan=False) | st.integers(-3, 3).map(float) | st.floats(-1e-6, 1e-6)
+LABELS = (
+    st.floats(-1e9, 1e9, allow_nan=False)
+    | st.integers(-3, 3).map(float)
+    | st.floats(-1e-6, 1e-6)
+    | st.floats(-1e-300, 1e-300)
+)
 
 
 def observed(labels: Tensor, batch: int = 256, **options: float) -> LabelDensity:
@@ -75,6 +80,7 @@ def test_the_density_of_normal_labels_is_the_normal_density() -> None:
         torch.tensor([0.0]),
         torch.tensor([-1e9]),
         torch.full((1000,), 7.0),
+        1e-320 * normal(1000),
         torch.arange(1000) % 5,
         -torch.exp(2 * normal(3000)),
         torch.cat([torch.zeros(5000), torch.exp(normal(500))]),
@@ -88,6 +94,7 @@ def test_the_density_of_normal_labels_is_the_normal_density() -> None:
         "zero",
         "one far",
         "equal",
+        "denormal",
         "ties",
         "negative",
         "zero-inflated",

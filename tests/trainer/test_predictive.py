@@ -190,7 +190,7 @@ GRIDS = [
     st.sampled_from(["median", "mean"]),
     st.floats(0.01, 0.99),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_there_is_an_ordered_answer_whatever_the_head_says(components, grid, prior, balance, point, interval) -> None:  # type: ignore[no-untyped-def]
     answer = predict(components, grid, learned_prior=prior, balance=balance, point=point, interval=interval)
     assert answer.point.isfinite().all()
