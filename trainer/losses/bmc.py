@@ -15,13 +15,14 @@ Were 2 v not detached, the derivative by v would be 2 H(softmax) >= 0 whatever t
 where the loss is plain MSE. Detached, it settles where E[|p - y_j|^2] = mean |p - y|^2, at the noise level.
 """
 
-import warnings
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer.losses.candidates import candidate_labels, mask_candidates
 from trainer.losses.dense_softmax import dense_moments
 from trainer.losses.gauss_transform import LOG_WEIGHT_RANGE, near_linear_moments
 from trainer.losses.rows import Reduction, as_rows, finite_rows, reduce_rows
@@ -31,8 +32,6 @@ SMALLEST_SIGMA = 1e-12
 
 # Pairs (rows x candidates) from which sorting and binning cost less than a tile's exponentials.
 NEAR_LINEAR_PAIRS = 1 << 18
-
-_warned = set[str]()
 
 
 def bmc_loss(
@@ -67,21 +66,23 @@ def bmc_loss(
     sigma = torch.as_tensor(noise_sigma, device=pred.device)
     if sigma.numel() != 1:
         raise ValueError(f"noise_sigma has shape {tuple(sigma.shape)}: give one number for the batch")
-    labels, log_weights, peak_is_zero = _candidates(target, memory, memory_log_weights)
-    if len(labels) == 1:
-        _warn_once("a batch of one row without a label memory: its BMC loss is 0 and teaches nothing")
+    labels, log_weights = candidate_labels(target, memory, memory_log_weights)
+    sigma = sigma.reshape(()).abs().clamp(min=SMALLEST_SIGMA)
+    # A sum is finite only if every term is. Only a CPU may look, and then spares the common case all masking.
+    if log_weights is None and pred.device.type == "cpu" and math.isfinite(float(pred.detach().sum() + labels.sum())):
+        loss: Tensor = _BalancedMSE.apply(pred, sigma, target, labels, None, True)  # type: ignore[no-untyped-call]
+        return (
+            loss.mean()
+            if reduction == "mean"
+            else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
+        )
+    peak_is_zero = log_weights is None
+    labels, log_weights = mask_candidates(labels, log_weights)
     keep = finite_rows(pred.detach(), target)
     # A row left out is moved onto a candidate, where all computed for it is finite; its results are then dropped.
     keep_values = keep if pred.dim() == 1 else keep[:, None]
-    sigma = sigma.reshape(()).abs().clamp(min=SMALLEST_SIGMA)
-    loss: Tensor = _BalancedMSE.apply(  # type: ignore[no-untyped-call]
-        torch.where(keep_values, pred, labels[0]),
-        sigma,
-        torch.where(keep_values, target, labels[0]),
-        labels,
-        log_weights,
-        peak_is_zero,
-    )
+    pred, target = (torch.where(keep_values, values, labels[0]) for values in (pred, target))
+    loss = _BalancedMSE.apply(pred, sigma, target, labels, log_weights, peak_is_zero)  # type: ignore[no-untyped-call]
     return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
 
 
@@ -129,7 +130,7 @@ class _BalancedMSE(torch.autograd.Function):
         peak_is_zero: bool,
     ) -> Tensor:
         dtype = pred.dtype
-        # In float32 the distance to a prediction 30 sd away rounds at 1e-6 sd, as much as sigma squared at its smallest.
+        # In float32 the distance to a prediction 30 sd away rounds at 1e-6 sd, as much as 1e-3 sd squared.
         # Apple's devices alone have no float64.
         precise = torch.float32 if pred.device.type == "mps" else torch.float64
         pred, target, labels, sigma = (x.to(precise) for x in (pred, target, labels, sigma))
@@ -169,40 +170,3 @@ def _near_linear_pays(pred: Tensor, labels: Tensor, log_weights: Tensor | None) 
         return True
     finite = log_weights[log_weights > -torch.inf]
     return len(finite) > 0 and float(finite.max() - finite.min()) <= LOG_WEIGHT_RANGE
-
-
-def _candidates(
-    target: Tensor, memory: Tensor | None, memory_log_weights: Tensor | None
-) -> tuple[Tensor, Tensor | None, bool]:
-    """The candidate labels, their log weights, and whether those are all 0 or -inf (the largest exponent is then 0)."""
-    labels, log_weights = target, None
-    if memory is not None and len(memory):
-        memory = memory.detach().to(target.dtype)
-        memory = memory[:, 0] if memory.dim() == 2 and memory.shape[1] == 1 else memory
-        if memory.shape[1:] != target.shape[1:]:
-            raise ValueError(f"memory {tuple(memory.shape)} does not hold labels like those of {tuple(target.shape)}")
-        labels = torch.cat([target, memory])
-        if memory_log_weights is not None:
-            if memory_log_weights.shape != memory.shape[:1]:
-                raise ValueError(
-                    f"memory_log_weights {tuple(memory_log_weights.shape)}: memory has {len(memory)} labels"
-                )
-            own = target.new_zeros(len(target))
-            log_weights = torch.cat([own, memory_log_weights.detach().to(target.dtype)])
-    peak_is_zero = log_weights is None
-    usable = finite_rows(labels)
-    if log_weights is not None:
-        usable &= log_weights > -torch.inf
-    elif labels.device.type == "cpu" and bool(usable.all()):
-        return labels, None, True
-    masked = torch.zeros_like(labels[:, 0] if labels.dim() == 2 else labels) if log_weights is None else log_weights
-    # A label masked out repeats one that is not (the first; 0 if there is none), so that it is never the nearest alone.
-    stand_in = labels.index_select(0, usable.to(torch.uint8).argmax().reshape(1)).nan_to_num(0.0, 0.0, 0.0)
-    labels = torch.where(usable if labels.dim() == 1 else usable[:, None], labels, stand_in)
-    return labels, masked.masked_fill(~usable, -torch.inf), peak_is_zero
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, stacklevel=3)

@@ -1,15 +1,15 @@
 """The softmax over sorted one-dimensional labels in near-linear time, on a CPU.
 
-With Gaussian logits the sum over the candidates is a Gaussian kernel density at the prediction, so a fast Gauss transform
-computes it (after Greengard and Strain, "The Fast Gauss Transform", SIAM J. Sci. Stat. Comput. 12, 1991, with Chebyshev in
-place of Hermite series): the labels of a cell two sigmas wide become the Chebyshev moments of the cell, the moments of the
-nine cells around a prediction become one polynomial on its own cell, and the prediction evaluates that. O(B + M), and no
-exponential at all: the table that carries moments over is the same for every sigma.
+With Gaussian logits the sum over the candidates is a Gaussian kernel density at the prediction, so a fast Gauss
+transform computes it (after Greengard and Strain, "The Fast Gauss Transform", SIAM J. Sci. Stat. Comput. 12, 1991, with
+Chebyshev in place of Hermite series): the labels of a cell two sigmas wide become the Chebyshev moments of the cell,
+the moments of the nine cells around a prediction become one polynomial on its own cell, and the prediction evaluates
+that. O(B + M), and no exponential at all: the table that carries the moments over is the same for every sigma.
 
 That is exact to the rounding of float64 beside the mass of the cells around, so it answers where the density at the
-prediction is not far below it. The others, mostly outliers with few candidates in reach, are summed candidate by
-candidate, relative to the nearest one; where too many are in reach, cells much narrower than sigma are first replaced by
-their Chebyshev nodes with signed weights.
+prediction is not far below it. The others, mostly outliers with few candidates in reach, are summed pair by pair,
+relative to the nearest label; where too many are in reach, those of cells that are narrow beside the exponential's
+decay are first replaced by the cell's Chebyshev nodes with signed weights.
 """
 
 import bisect
@@ -130,7 +130,8 @@ def _numbered(cell: Tensor) -> tuple[Tensor, Tensor]:
     lowest = cell.amin()
     span = int(cell.amax() - lowest) + 1
     if span > 8 * len(cell) + 1024:
-        return torch.unique(cell, return_inverse=True)
+        distinct, index = torch.unique(cell, return_inverse=True)
+        return distinct, index
     # Counting into a table is an order of magnitude faster than sorting, as long as the table is not mostly air.
     slot = (cell - lowest).long()
     occupied = torch.bincount(slot, minlength=span) > 0
@@ -158,7 +159,7 @@ def _transfer_tables() -> Tensor:
     """What the moments of a cell add to the polynomials of the cell d below it, for d = -CELLS_ASIDE .. CELLS_ASIDE.
 
     (2 CELLS_ASIDE + 1, DEGREE, 3 DEGREE): row k, column (m, l) is the coefficient of T_k(u) T_l(x) in the Chebyshev
-    series of z^m exp(-z^2 / 2), m = 0, 1, 2, with z = (label - prediction) / sigma = d CELL_SIGMAS + u - x (half-cells).
+    series of z^m exp(-z^2 / 2), m = 0, 1, 2, where z = (label - prediction) / sigma = d CELL_SIGMAS + u - x.
     """
     nodes = 2 * DEGREE
     angle = (torch.arange(nodes, dtype=torch.float64) + 0.5) * (math.pi / nodes)
