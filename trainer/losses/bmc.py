@@ -15,14 +15,13 @@ Were 2 v not detached, the derivative by v would be 2 H(softmax) >= 0 whatever t
 where the loss is plain MSE. Detached, it settles where E[|p - y_j|^2] = mean |p - y|^2, at the noise level.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.candidates import candidate_labels, mask_candidates
+from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
 from trainer.losses.dense_softmax import dense_moments
 from trainer.losses.gauss_transform import LOG_WEIGHT_RANGE, near_linear_moments
 from trainer.losses.rows import Reduction, as_rows, finite_rows, reduce_rows
@@ -68,14 +67,12 @@ def bmc_loss(
         raise ValueError(f"noise_sigma has shape {tuple(sigma.shape)}: give one number for the batch")
     labels, log_weights = candidate_labels(target, memory, memory_log_weights)
     sigma = sigma.reshape(()).abs().clamp(min=SMALLEST_SIGMA)
-    # A sum is finite only if every term is. Only a CPU may look, and then spares the common case all masking.
-    if log_weights is None and pred.device.type == "cpu" and math.isfinite(float(pred.detach().sum() + labels.sum())):
-        loss: Tensor = _BalancedMSE.apply(pred, sigma, target, labels, None, True)  # type: ignore[no-untyped-call]
-        return (
-            loss.mean()
-            if reduction == "mean"
-            else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
-        )
+    # Only a CPU may look at the numbers, and then spares the common case all masking.
+    if pred.device.type == "cpu":
+        labels, log_weights = drop_masked(labels, log_weights)
+        if log_weights is None and all_finite(pred.detach(), labels):
+            loss: Tensor = _BalancedMSE.apply(pred, sigma, target, labels, None, True)  # type: ignore[no-untyped-call]
+            return loss.mean() if reduction == "mean" else reduce_rows(loss, target.isfinite(), reduction)
     peak_is_zero = log_weights is None
     labels, log_weights = mask_candidates(labels, log_weights)
     keep = finite_rows(pred.detach(), target)

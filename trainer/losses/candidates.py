@@ -1,5 +1,6 @@
 """The labels a row is compared with: its batch's, those of the other ranks, and those of a memory."""
 
+import math
 import warnings
 
 import torch
@@ -70,6 +71,28 @@ def mask_candidates(labels: Tensor, log_weights: Tensor | None) -> tuple[Tensor,
     stand_in = labels.index_select(0, usable.to(torch.uint8).argmax().reshape(1)).nan_to_num(0.0, 0.0, 0.0)
     labels = torch.where(usable if labels.dim() == 1 else usable[:, None], labels, stand_in)
     return labels, log_weights.masked_fill(~usable, -torch.inf)
+
+
+def drop_masked(labels: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Drop the candidates masked out, on a CPU only: it waits for the numbers.
+
+    Args:
+        labels: (N,) or (N, D) candidates.
+        log_weights: (N,), -inf = masked out; or None for 0.
+
+    Returns:
+        The labels that are left, and their log weights, None if all are 0.
+    """
+    if log_weights is None:
+        return labels, None
+    usable = log_weights > -torch.inf
+    labels, log_weights = labels[usable], log_weights[usable]
+    return labels, log_weights if bool(log_weights.any()) else None
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether every value is finite, on a CPU only; may say no where a sum overflows."""
+    return math.isfinite(math.fsum(float(t.sum()) for t in tensors))
 
 
 def labels_of_other_ranks(target: Tensor) -> Tensor | None:

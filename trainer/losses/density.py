@@ -2,8 +2,8 @@
 
 `density_bmc_loss` is Balanced MSE's batch-based Monte Carlo form (Ren et al., CVPR 2022, arXiv 2203.16427) with any
 density in the place of its one Gaussian: the cross-entropy of log h(y_j | x_i) over candidate labels j. h then
-estimates p(y|x) / p(y), as if every label were equally likely. `density_nll_loss` is the likelihood; h then estimates p(y|x) times
-the row weights. Mixture density networks: Bishop, "Mixture Density Networks", Aston University NCRG/94/004, 1994.
+estimates p(y|x) / p(y), as if every label were equally likely. `density_nll_loss` is the likelihood; h then estimates
+p(y|x) times the row weights. The head: Bishop, "Mixture Density Networks", Aston University NCRG/94/004, 1994.
 
 The gradients need only responsibilities. With e_ijk = w_j pi_ik N(y_j; m_ik, s_ik^2), z = (y_j - m_ik) / s_ik and
 E[x] = sum_j e_ijk x_j / sum_jk e_ijk, the derivatives of row i's cross-entropy are
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.losses.candidates import candidate_labels, mask_candidates
+from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
 from trainer.losses.dense_softmax import LOWEST_EXPONENT
 from trainer.losses.rows import Reduction, finite_rows, reduce_rows
 
@@ -55,7 +55,7 @@ class Mixture(NamedTuple):
 
 
 def mixture_log_density(mixture: Mixture, labels: Tensor) -> Tensor:
-    """Log density log h(y_j | x_i) for labels (M,) shared by all rows: (B, M); differentiable by autograd, in O(B M K) memory."""
+    """Log density log h(y_j | x_i) of labels (M,): (B, M); differentiated by autograd, in O(B M K) memory."""
     z = (labels - mixture.means[:, :, None]) * torch.exp(-mixture.log_scales)[:, :, None]
     constant = mixture.log_weights - mixture.log_scales - LOG_SQRT_2_PI
     return torch.logsumexp(constant[:, :, None] - 0.5 * z.square(), 1)
@@ -95,11 +95,7 @@ def density_bmc_loss(
     """
     target = _labels_like(mixture, target)
     labels, log_weights = candidate_labels(target, memory, memory_log_weights)
-    labels, log_weights = mask_candidates(labels, log_weights)
-    keep, mixture, target = _finite(mixture, target)
-    normaliser: Tensor = _LogNormaliser.apply(*mixture[:3], labels, log_weights)  # type: ignore[no-untyped-call]
-    surprise: Tensor = _NegativeLogDensity.apply(*mixture[:3], target)  # type: ignore[no-untyped-call]
-    return _scaled(normaliser + surprise, mixture, target, keep, row_scale, location_weight, reduction)
+    return _density_loss(mixture, target, (labels, log_weights), None, row_scale, location_weight, reduction)
 
 
 def density_nll_loss(
@@ -130,11 +126,7 @@ def density_nll_loss(
         ValueError: Shapes that do not belong together, or an unknown reduction.
     """
     target = _labels_like(mixture, target)
-    keep, mixture, target = _finite(mixture, target)
-    surprise: Tensor = _NegativeLogDensity.apply(*mixture[:3], target)  # type: ignore[no-untyped-call]
-    if weights is not None:
-        surprise = surprise * torch.where(keep, weights.detach(), 0)
-    return _scaled(surprise, mixture, target, keep, row_scale, location_weight, reduction)
+    return _density_loss(mixture, target, None, weights, row_scale, location_weight, reduction)
 
 
 def _labels_like(mixture: Mixture, target: Tensor) -> Tensor:
@@ -149,86 +141,100 @@ def _labels_like(mixture: Mixture, target: Tensor) -> Tensor:
     return target
 
 
-def _finite(mixture: Mixture, target: Tensor) -> tuple[Tensor, Mixture, Tensor]:
-    """Which rows are finite, and mixture and labels with the others replaced by 0."""
-    keep = finite_rows(*(part.detach() for part in mixture), target)
-    parts = (torch.where(keep if part.dim() == 1 else keep[:, None], part, 0) for part in mixture)
-    return keep, Mixture(*parts), torch.where(keep, target, 0)
-
-
-def _scaled(
-    loss: Tensor,
+def _density_loss(
     mixture: Mixture,
     target: Tensor,
-    keep: Tensor,
+    candidates: tuple[Tensor, Tensor | None] | None,
+    weights: Tensor | None,
     row_scale: Tensor | None,
     location_weight: float,
     reduction: Reduction,
 ) -> Tensor:
+    """Mask what is not finite, and reduce the losses of the rows; without candidates they are likelihoods."""
+    labels, log_weights = (target, None) if candidates is None else candidates
+    keep, clean = None, False
+    # Only a CPU may look at the numbers, and then spares the common case all masking.
+    if target.device.type == "cpu":
+        labels, log_weights = drop_masked(labels, log_weights)
+        with torch.no_grad():
+            clean = all_finite(*mixture, labels) and (log_weights is None or all_finite(log_weights))
+    if not clean:
+        keep = finite_rows(*(part.detach() for part in mixture), target)
+        labels, log_weights = mask_candidates(labels, log_weights)
+        mixture = Mixture(*(torch.where(keep if part.dim() == 1 else keep[:, None], part, 0) for part in mixture))
+        target = torch.where(keep, target, 0)
     scale = mixture.spread() if row_scale is None else row_scale.detach()
-    loss = scale * loss + location_weight * (mixture.location - target).square()
-    return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
+    if weights is not None:
+        scale = scale * (weights.detach() if keep is None else torch.where(keep, weights.detach(), 0))
+    loss: Tensor = _DensityLoss.apply(  # type: ignore[no-untyped-call]
+        *mixture, target, None if candidates is None else labels, log_weights, scale, location_weight
+    )
+    if keep is not None:
+        return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
+    return loss.mean() if reduction == "mean" else reduce_rows(loss, target.isfinite(), reduction)
 
 
-class _LogNormaliser(torch.autograd.Function):
-    """log sum_j w_j h(y_j | x_i) over the candidates (N,): (B,)."""
+class _DensityLoss(torch.autograd.Function):
+    """Losses of the rows, (B,): scale (log normaliser - log h(y_i | x_i)) + location_weight (f_i - y_i)^2."""
 
     @staticmethod
     def forward(
-        ctx: Any, log_pi: Tensor, means: Tensor, log_scales: Tensor, labels: Tensor, log_weights: Tensor
+        ctx: Any,
+        log_pi: Tensor,
+        means: Tensor,
+        log_scales: Tensor,
+        location: Tensor,
+        target: Tensor,
+        labels: Tensor | None,
+        log_weights: Tensor | None,
+        scale: Tensor,
+        location_weight: float,
     ) -> Tensor:
-        on_cpu = labels.device.type == "cpu"
-        weights: Tensor | None = log_weights
-        if on_cpu:
-            usable = log_weights > -torch.inf
-            labels, log_weights = labels[usable], log_weights[usable]
-            weights = log_weights if bool(log_weights.any()) else None
-        rows = max(1, (CPU_TILE_ELEMENTS if on_cpu else DEVICE_TILE_ELEMENTS) // (len(labels) * means.shape[1]))
-        constant = log_pi - log_scales - LOG_SQRT_2_PI
         precision = torch.exp(-log_scales)
-        parts = zip(*(torch.split(x, rows) for x in (means, precision, constant)), strict=True)
-        tiles = [_normaliser_tile(*part, labels, weights) for part in parts]
-        ctx.save_for_backward(torch.cat([moments for _, moments in tiles], 1), precision)
-        return torch.cat([log_sum for log_sum, _ in tiles])
+        constant = log_pi - log_scales - LOG_SQRT_2_PI
+        z = (target[:, None] - means) * precision
+        exponent = torch.addcmul(constant, z, z, value=-0.5)
+        surprise = -exponent.logsumexp(1)
+        share = (exponent + surprise[:, None]).exp_()  # responsibilities for the own label
+        zeroth, first = -share, -share * z
+        second = first * z
+        if labels is not None:
+            log_normaliser, moments = _normaliser(means, precision, constant, labels, log_weights)
+            surprise = surprise + log_normaliser
+            zeroth, first, second = moments[0] + zeroth, moments[1] + first, moments[2] + second
+        error = location - target
+        column = scale.expand_as(target)[:, None]
+        ctx.save_for_backward(
+            column * zeroth, column * first * precision, column * (second - zeroth), 2 * location_weight * error
+        )
+        return scale * surprise + location_weight * error.square()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        moments, precision = ctx.saved_tensors
-        zeroth, first, second = (moments * grad[:, None]).unbind(0)
-        return zeroth, first * precision, second - zeroth, None, None
+        by_log_pi, by_means, by_log_scales, by_location = ctx.saved_tensors
+        column = grad[:, None]
+        return (column * by_log_pi, column * by_means, column * by_log_scales, grad * by_location, *[None] * 5)
 
 
-def _normaliser_tile(
+def _normaliser(
     means: Tensor, precision: Tensor, constant: Tensor, labels: Tensor, log_weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Log sum (R,), and E[1], E[z], E[z^2] (3, R, K), from means, 1 / scales and log peaks of the components (R, K)."""
-    z = (labels - means[:, :, None]).mul_(precision[:, :, None])  # (R, K, N)
-    base = constant[:, :, None]
-    part = torch.addcmul(base if log_weights is None else base + log_weights, z, z, value=-0.5)
-    peak = part.amax((1, 2))
-    part.sub_(peak[:, None, None]).clamp_(min=LOWEST_EXPONENT).exp_()
-    moments = torch.stack([part.sum(2), part.mul_(z).sum(2), part.mul_(z).sum(2)])
-    total = moments[0].sum(1)
-    return total.log() + peak, moments / total[:, None]
+    """Log of the candidates' sum (B,), and their E[1], E[z], E[z^2] (3, B, K).
 
-
-class _NegativeLogDensity(torch.autograd.Function):
-    """-log h(y_i | x_i), (B,)."""
-
-    @staticmethod
-    def forward(ctx: Any, log_pi: Tensor, means: Tensor, log_scales: Tensor, target: Tensor) -> Tensor:
-        precision = torch.exp(-log_scales)
-        z = (target[:, None] - means) * precision
-        exponent = log_pi - log_scales - LOG_SQRT_2_PI - 0.5 * z.square()
-        log_density = exponent.logsumexp(1)
-        responsibility = (exponent - log_density[:, None]).exp()
-        ctx.save_for_backward(responsibility, z, precision)
-        return -log_density
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        responsibility, z, precision = ctx.saved_tensors
-        share = -grad[:, None] * responsibility
-        return share, share * z * precision, share * (z.square() - 1), None
+    From means, 1 / scales and log peaks of the components (B, K), candidates (N,) and their log weights (N,).
+    """
+    elements = CPU_TILE_ELEMENTS if labels.device.type == "cpu" else DEVICE_TILE_ELEMENTS
+    rows = max(1, elements // (len(labels) * means.shape[1]))
+    log_sums, moments = [], []
+    for mean, inverse, base in zip(*(torch.split(x, rows) for x in (means, precision, constant)), strict=True):
+        z = (labels - mean[:, :, None]).mul_(inverse[:, :, None])  # (R, K, N)
+        base = base[:, :, None] if log_weights is None else base[:, :, None] + log_weights
+        part = torch.addcmul(base, z, z, value=-0.5)
+        peak = part.amax((1, 2), keepdim=True)
+        part.sub_(peak).clamp_(min=LOWEST_EXPONENT).exp_()
+        moment = torch.stack([part.sum(2), part.mul_(z).sum(2), part.mul_(z).sum(2)])
+        total = moment[0].sum(1)
+        log_sums.append(total.log() + peak[:, 0, 0])
+        moments.append(moment / total[:, None])
+    return torch.cat(log_sums), torch.cat(moments, 1)

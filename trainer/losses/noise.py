@@ -23,7 +23,7 @@ class NoiseSigma(nn.Module):
             in the unit of the labels. Bounds do not apply to what the user set.
         learned: a parameter (`sigma`) to give its own learning rate; moved by `bmc_loss`, inside the bounds.
         adaptive: `share` times the root of the fading mean square of the residuals given to `observe`, inside the
-            bounds. A share of 1 feeds back on itself and runs away, hence the limit.
+            bounds. For Balanced MSE keep the share well below 1: at 1 sigma feeds back on itself and runs away.
 
     Args:
         mode: One of the three.
@@ -31,7 +31,7 @@ class NoiseSigma(nn.Module):
             `rescale(1 / sd)` once the standard deviation is known).
         unit: Which of the two a fixed sigma is constant in.
         bounds: Lowest and highest value of a learned or adaptive sigma, in label standard deviations.
-        share: Adaptive only, sigma beside the running residual, above 0 and below 1.
+        share: Adaptive only, sigma beside the running residual, above 0 and at most 1.
         decay: Adaptive only, how much of the running mean square one call of `observe` keeps, in [0, 1).
 
     Raises:
@@ -60,8 +60,8 @@ class NoiseSigma(nn.Module):
             raise ValueError(f"sigma {initial} is not above 0")
         if not 0 < bounds[0] < bounds[1]:
             raise ValueError(f"sigma bounds {bounds} are not ascending and above 0")
-        if not 0 < share < 1 or not 0 <= decay < 1:
-            raise ValueError(f"share {share} must lie inside (0, 1) and decay {decay} in [0, 1)")
+        if not 0 < share <= 1 or not 0 <= decay < 1:
+            raise ValueError(f"share {share} must lie in (0, 1] and decay {decay} in [0, 1)")
         self.mode, self.unit, self.bounds, self.share, self.decay = mode, unit, bounds, share, decay
         if mode == "learned":
             self.sigma = nn.Parameter(torch.tensor(float(initial)))
