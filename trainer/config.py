@@ -3,15 +3,25 @@
 A key `[kafka] topic` is overridden by `TAILSTREAM_KAFKA__TOPIC`. Lists may be given there with commas, tables as JSON.
 """
 
+import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from trainer.errors import ConfigError
+
+ENV_PREFIX: Final = "TAILSTREAM_"
+ENV_OF_THE_TESTS: Final = ("TAILSTREAM_TEST_", "TAILSTREAM_COMPOSE_")  # not settings; all others must be
 
 FeatureKind = Literal["numeric", "categorical", "boolean", "vector", "timestamp"]
 
@@ -19,7 +29,7 @@ FeatureKind = Literal["numeric", "categorical", "boolean", "vector", "timestamp"
 class _Table(BaseModel):
     """A table of the configuration: frozen, and nothing in it that it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FeatureSettings(_Table):
@@ -60,9 +70,13 @@ class SchemaSettings(_Table):
         return value
 
     @model_validator(mode="after")
-    def _label_is_no_feature(self) -> Self:
+    def _roles_go_together(self) -> Self:
         if self.label in self.features:
             raise ValueError(f"the label {self.label!r} is among the features: a model would only copy it")
+        if self.time is not None:
+            kind = "label" if self.time == self.label else getattr(self.features.get(self.time), "kind", "timestamp")
+            if kind in ("label", "boolean", "vector"):
+                raise ValueError(f"time is {self.time!r}, which is the {kind} of a record and cannot be its time")
         return self
 
 
@@ -94,7 +108,7 @@ class KafkaSettings(_Table):
     @field_validator("bootstrap_servers", mode="before")
     @classmethod
     def _commas(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return _split(value)
 
     @field_validator("bootstrap_servers")
     @classmethod
@@ -169,7 +183,7 @@ class ModelSettings(_Table):
     body: str = Field(
         default="tabular", description="`tabular`, or `my_package.my_module:make_body` for a body of your own."
     )
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(
+    hidden: Annotated[list[Annotated[int, Field(ge=1)]], NoDecode] = Field(
         default=[128, 128], min_length=1, description="Widths of the tabular body's layers."
     )
     embedding: int = Field(default=8, ge=1, description="Numbers that stand for one category.")
@@ -177,6 +191,11 @@ class ModelSettings(_Table):
         default=1024, ge=2, le=1 << 24, description="Buckets that a feature's categories are hashed to."
     )
     head: Literal["gaussian"] = Field(default="gaussian", description="Shape of the predicted density.")
+
+    @field_validator("hidden", mode="before")
+    @classmethod
+    def _commas(cls, value: Any) -> Any:
+        return _split(value)
 
     @field_validator("body")
     @classmethod
@@ -248,11 +267,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         frozen=True,
         extra="forbid",
-        env_prefix="TAILSTREAM_",
+        env_prefix=ENV_PREFIX,
         env_prefix_target="all",
         env_nested_delimiter="__",
-        validate_by_alias=True,
-        validate_by_name=True,
     )
 
     task: Literal["regression"] = Field(default="regression", description="What is learned.")
@@ -307,16 +324,45 @@ def load(path: Path) -> Settings:
         raise ConfigError(f"there is no configuration file {path}; see the README for one to start from") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+    problems = _unknown_variables()
     try:
-        return Settings(**tables)
+        settings = Settings(**tables)
     except ValidationError as error:
-        raise ConfigError(_explain(path, error)) from error
+        raise ConfigError(_explain(path, [*problems, *_problems(error)])) from error
+    except SettingsError as error:
+        problem = f"{error}: {error.__cause__}; a table is written there as JSON"
+        raise ConfigError(_explain(path, [*problems, problem])) from error
+    if problems:
+        raise ConfigError(_explain(path, problems))
+    return settings
 
 
-def _explain(path: Path, error: ValidationError) -> str:
-    lines = [f"{path} (with TAILSTREAM_* from the environment) cannot be used:"]
+def _explain(path: Path, problems: list[str]) -> str:
+    lines = [f"{path} (with TAILSTREAM_* from the environment) cannot be used:", *problems]
+    return "\n  ".join(lines)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    lines = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"]) or "settings"
         what = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, ")
-        lines.append(f"  {where}: {what}")
-    return "\n".join(lines)
+        lines.append(f"{where}: {what}")
+    return lines
+
+
+def _unknown_variables() -> list[str]:
+    """Variables that look like settings and name no key or table; what is inside a table, pydantic refuses itself."""
+    known = {info.alias or name for name, info in Settings.model_fields.items()}
+    return [
+        f"{key.replace('__', '.')}: unknown key, from the environment's {name}"
+        for name in sorted(os.environ)
+        if name.upper().startswith(ENV_PREFIX) and not name.upper().startswith(ENV_OF_THE_TESTS)
+        for key in [name[len(ENV_PREFIX) :].lower()]
+        if key.partition("__")[0] not in known
+    ]
+
+
+def _split(value: Any) -> Any:
+    """A list written with commas, as the environment has it."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
