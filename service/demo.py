@@ -141,7 +141,7 @@ class _Demo:
         self.settings = load(self.config)
         create_topic(self.settings.kafka, topic, partitions=1)  # one: flights are learned in the order of departure
         self._trainer = self._start_trainer()
-        stack.callback(lambda: self._trainer and self._trainer.stop(TRAINER_STOP_S))
+        stack.callback(self._stop_trainer)
         self._service = self._child("service", "service", "serve")
         stack.callback(self._service.stop, SERVICE_STOP_S)
         publisher = threading.Thread(target=self._publish, name="publisher", daemon=True)
@@ -155,6 +155,10 @@ class _Demo:
 
     def _start_trainer(self) -> Child:
         return self._child("trainer", "trainer")
+
+    def _stop_trainer(self) -> None:
+        if self._trainer is not None:
+            self._trainer.stop(TRAINER_STOP_S)
 
     def _watch(self, child: Child) -> Child:
         self._children.append(child)
@@ -286,14 +290,10 @@ class _Demo:
     def report(self) -> None:
         """Prints the prequential metrics, and where everything is."""
         whole = self._last.metrics["whole"]
-        table = Table(title="Prequential errors, minutes of delay (each flight is predicted before it is learned from)")
+        table = Table(title="Prequential error, minutes (each flight predicted before it is learned)")
         for heading in ("answer", "MAE", "RMSE", "balanced MAE", "many", "medium", "few"):
             table.add_column(heading, justify="left" if heading == "answer" else "right")
-        names = {
-            "0": "balance 0: the stream's own prior",
-            "1": "balance 1: all delays alike",
-            "median": "running median",
-        }
+        names = {"0": "balance 0", "1": "balance 1", "median": "running median"}
         for answer, name in names.items():
             errors = whole.get(answer, {})
             keys = ("mae", "rmse", "balanced_mae", "mae_many", "mae_medium", "mae_few")

@@ -12,6 +12,7 @@ from trainer.errors import RecordError
 from trainer.schema import FeatureSchema, Row
 
 CHECKSUM_MODULUS: Final = 1 << 64
+LONGEST_POLL_S: Final = 0.1  # snapshots, metrics and signals are seen to between polls
 
 
 class Record(NamedTuple):
@@ -195,7 +196,7 @@ def batches(
     while True:
         left = max_wait_s if waiting_since is None else waiting_since + max_wait_s - clock()
         full = False
-        for batch in batcher.add(poll(max_records, max(0.0, left))):
+        for batch in batcher.add(poll(max_records, min(max(0.0, left), LONGEST_POLL_S))):
             full = True
             yield batch
         if not batcher.pending:

@@ -1,10 +1,12 @@
 """The trainer's commands. Each imports what it needs when it runs, so that `--help` answers at once."""
 
+import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
@@ -47,6 +49,7 @@ def train(config: ConfigFile) -> None:
     Exit codes: 0 stopped cleanly, 2 configuration, 3 the stop took longer than trainer.stop_grace_s, 4 Kafka,
     5 snapshots, 130 a second signal.
     """
+    _stop_cleanly_while_starting()
     from trainer.process import run
 
     run(_load(config))
@@ -105,6 +108,16 @@ def check(config: ConfigFile) -> None:
 
     if not run_checks(_load(config), print):
         raise typer.Exit(1)
+
+
+def _stop_cleanly_while_starting() -> None:
+    """Makes a signal that comes during the imports, which take seconds, a clean end: nothing has been learned yet."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
 
 
 def _load(path: Path) -> "Settings":

@@ -1,0 +1,103 @@
+"""Brokers that tests share: the embedded one always, a real Apache Kafka where TAILSTREAM_TEST_KAFKA names it."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from service.broker import EmbeddedBroker
+from trainer.config import Settings, load
+
+BASIC = """\
+device = "cpu"
+[kafka]
+bootstrap_servers = ["{server}"]
+topic = "{topic}"
+[schema]
+label = "price"
+id = "id"
+[schema.features]
+size = "numeric"
+age = "numeric"
+kind = "categorical"
+[batch]
+size = 32
+[learner]
+step_rows = 16
+replay_steps = 1
+replay_rows = 512
+label_memory = 64
+[model]
+hidden = [16]
+category_buckets = 32
+[store]
+url = "{store}"
+interval_s = 0.05
+[trainer]
+metrics_port = 0
+[service]
+port = 0
+"""
+
+
+@pytest.fixture(scope="session")
+def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    broker = EmbeddedBroker(tmp_path_factory.mktemp("broker") / "broker.log")
+    yield broker.bootstrap_server
+    broker.stop()
+
+
+@pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
+def broker(request: pytest.FixtureRequest) -> str:
+    """A running broker, `host:port`: every test that takes it runs against each kind there is."""
+    if request.param == "embedded":
+        return str(request.getfixturevalue("embedded_broker"))
+    return real_kafka()
+
+
+@pytest.fixture(name="real_kafka")
+def real_kafka_fixture() -> str:
+    return real_kafka()
+
+
+def real_kafka() -> str:
+    server = os.environ.get("TAILSTREAM_TEST_KAFKA")
+    if not server:
+        pytest.skip("no real Apache Kafka: start one and set TAILSTREAM_TEST_KAFKA=host:port")
+    return server
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small configuration for a broker; the topic is new each time, the store is in the test's folder."""
+
+    def write(server: str, *, topic: str | None = None, store: str = "snapshots", more: str = "") -> Path:
+        text = BASIC.format(server=server, topic=topic or f"test-{uuid.uuid4().hex[:12]}", store=tmp_path / store)
+        for line in more.splitlines():
+            key, _, value = line.partition("=")
+            table, _, name = key.strip().rpartition(".")
+            text = _set(text, table, name, value.strip())
+        path = tmp_path / f"{store}.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def settings_for(write_config: Callable[..., Path]) -> Callable[..., Settings]:
+    def make(server: str, **options: str) -> Settings:
+        return load(write_config(server, **options))
+
+    return make
+
+
+def _set(text: str, table: str, name: str, value: str) -> str:
+    """The TOML text with `name = value` in a table, in place of what was there."""
+    lines = text.splitlines()
+    start = lines.index(f"[{table}]") + 1 if table else 0
+    end = next((i for i in range(start, len(lines)) if lines[i].startswith("[")), len(lines))
+    kept = [line for line in lines[start:end] if line.partition("=")[0].strip() != name]
+    return "\n".join([*lines[:start], f"{name} = {value}", *kept, *lines[end:]]) + "\n"
