@@ -1,7 +1,7 @@
 """What goes in and out over HTTP: decoded by msgspec into the trainer's types, described by pydantic for OpenAPI."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import GenericAlias
 from typing import Annotated, Any, Final
 
@@ -21,9 +21,10 @@ WIDEST_INTERVAL: Final = 1 - 1e-6
 LONGEST_DETAIL: Final = 300  # characters
 EXAMPLE_VECTOR: Final = 32  # longer vectors are null in the example
 EARLIEST_MS: Final = -62_135_596_800_000  # the year 1
-LATEST_MS: Final = 253_402_300_799_000  # the year 9999
+LATEST_MS: Final = 253_402_300_799_999  # the end of the year 9999
 
 Number = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
+SCALAR: Final[Any] = str | float | bool
 
 
 def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callable[[bytes], Question]:
@@ -165,14 +166,10 @@ def request_model(schema: SchemaSettings, settings: ServiceSettings) -> Any:
 
 
 def _instance_model(schema: SchemaSettings) -> type[BaseModel]:
-    tree: dict[str, Any] = {}
-    for name, feature in schema.features.items():
-        *parents, leaf = name.split(".")
-        table = tree
-        for parent in parents:
-            table = table.setdefault(parent, {})
-        table[leaf] = _leaf_type(feature)
-    return _level("Instance", tree, _example(schema))
+    leaves = {name: _leaf_type(feature) for name, feature in schema.features.items()}
+    if schema.time:
+        leaves.setdefault(schema.time, SCALAR)  # the decoder reads it, though no prediction depends on it
+    return _level("Instance", _nested(leaves), _example(schema))
 
 
 def _level(name: str, tree: dict[str, Any], example: Any) -> type[BaseModel]:
@@ -180,7 +177,7 @@ def _level(name: str, tree: dict[str, Any], example: Any) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for number, (key, leaf) in enumerate(tree.items()):
         if isinstance(leaf, dict):
-            leaf = _level(f"{name}{number}", leaf, example[key])
+            leaf = _level(f"{name}{number}", leaf, example.get(key, {}))
         fields[f"f{number}"] = (leaf | None, Field(default=None, alias=key, title=key))
     return create_model(
         name,
@@ -197,7 +194,7 @@ def _leaf_type(feature: FeatureSettings) -> Any:
         case "boolean":
             return bool
         case "categorical":
-            return str | Annotated[float, Field(ge=-1e300, le=1e300)] | bool
+            return SCALAR
         case "vector":
             return Annotated[list[Number], Field(min_length=feature.size, max_length=feature.size)]
         case "timestamp":
@@ -207,14 +204,19 @@ def _leaf_type(feature: FeatureSettings) -> Any:
 
 def _example(schema: SchemaSettings) -> dict[str, Any]:
     """A record that POST /predict answers."""
-    record: dict[str, Any] = {}
-    for name, feature in schema.features.items():
-        *parents, leaf = name.split(".")
-        table = record
+    return _nested({name: _example_value(feature) for name, feature in schema.features.items()})
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted path, as objects within objects."""
+    root: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *parents, leaf = path.split(".")
+        table = root
         for parent in parents:
             table = table.setdefault(parent, {})
-        table[leaf] = _example_value(feature)
-    return record
+        table[leaf] = value
+    return root
 
 
 def _example_value(feature: FeatureSettings) -> Any:

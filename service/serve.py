@@ -38,6 +38,7 @@ def serve(settings: Settings) -> None:
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                proxy_headers=False,  # nothing here depends on who asks
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=STOP_S,
             )

@@ -36,7 +36,7 @@ class Watcher:
 
     def __init__(self, store: SnapshotStore, settings: Settings) -> None:
         self.predictor: Predictor | None = None
-        self.trouble: str | None = f"there is no snapshot in {store.path} yet"
+        self.trouble: str | None = f"there is no snapshot in {store.path}"
         self._store = store
         self._settings = settings
         self._loaded: _Key | None = None
@@ -61,8 +61,12 @@ class Watcher:
             trouble = self._follow()
         except SnapshotError as error:
             trouble = str(error)
-        if trouble != self.trouble and trouble is not None:
-            log.warning("snapshot not in use", why=trouble, model_version=self._loaded and self._loaded.version)
+        if trouble != self.trouble:
+            version = self._loaded and self._loaded.version
+            if trouble is None:
+                log.info("model follows the newest snapshot", model_version=version)
+            else:
+                log.warning("model does not follow the newest snapshot", why=trouble, model_version=version)
         self.trouble = trouble
 
     def _run(self) -> None:

@@ -64,7 +64,7 @@ def test_a_signal_ends_the_process_with_exit_code_0(process: subprocess.Popen[st
         assert client.post("/predict", json=instance(0)).status_code == 200
         process.send_signal(number)
         assert process.wait(20) == 0
-    assert [event["event"] for event in log] == ["stopped"]
+    assert [event["event"] for event in log] == ["model follows the newest snapshot", "stopped"]
 
 
 def test_a_taken_port_is_said(settings: Settings) -> None:
