@@ -13,7 +13,7 @@ import torch
 
 from trainer.config import Settings
 from trainer.label_density import LabelGrid
-from trainer.model import LEARNED_PRIOR, Model, build_model
+from trainer.model import Model, build_model, learned_prior, unprefixed
 from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
 from trainer.schema import FeatureSchema, Row
 from trainer.snapshot import Manifest, Snapshot
@@ -58,7 +58,7 @@ class Predictor:
         self._model = model.eval().requires_grad_(False)
         self._grid = grid
         self._schema = schema
-        self._learned_prior: LearnedPrior = LEARNED_PRIOR[manifest.learner["loss"]]
+        self._learned_prior: LearnedPrior = learned_prior(manifest.learner["loss"])
 
     @classmethod
     def from_snapshot(cls, snapshot: Snapshot, settings: Settings) -> Self:
@@ -71,8 +71,8 @@ class Predictor:
         """
         schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
         model = build_model(schema, settings.model, settings.learner)
-        model.load_state_dict(_under("model.", snapshot.model))
-        return cls(snapshot.manifest, model, LabelGrid.from_tensors(_under("grid.", snapshot.model)), schema)
+        model.load_state_dict(unprefixed("model", snapshot.model))
+        return cls(snapshot.manifest, model, LabelGrid.from_tensors(unprefixed("grid", snapshot.model)), schema)
 
     @property
     def version(self) -> int:
@@ -142,10 +142,6 @@ class _Lists:
         self._taken += rows
         point, lower, upper = (None if column is None else column[part] for column in self._columns)
         return Answer(point or [], balance, model_version, lower, upper)
-
-
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _padded(rows: int) -> int:

@@ -152,8 +152,10 @@ class SigmaInLabelUnits(_Table):
 class LearnerSettings(_Table):
     """How the model learns."""
 
-    loss: Literal["bmc", "mse", "l1", "huber"] = Field(
-        default="bmc", description="Loss, by its name: `bmc` is balanced; `mse`, `l1`, `huber` are the plain ones."
+    loss: Literal["bmc", "nll", "gai", "bni", "mse", "l1", "huber"] = Field(
+        default="bmc",
+        description="Loss: `bmc` (either head), `nll` (mixture head); with the gaussian head also `gai`, `bni`, `mse`, "
+        "`l1`, `huber`.",
     )
     sigma: Literal["learned", "adaptive"] | Annotated[float, Field(gt=0)] | SigmaInLabelUnits = Field(
         default="learned",
@@ -190,7 +192,11 @@ class ModelSettings(_Table):
     category_buckets: int = Field(
         default=1024, ge=2, le=1 << 24, description="Buckets that a feature's categories are hashed to."
     )
-    head: Literal["gaussian"] = Field(default="gaussian", description="Shape of the predicted density.")
+    head: Literal["mixture", "gaussian"] = Field(
+        default="mixture",
+        description="Predicted density: a `mixture` of Gaussians, or one `gaussian` with one sigma for all rows.",
+    )
+    components: int = Field(default=4, ge=1, le=64, description="Gaussians of the mixture head.")
 
     @field_validator("hidden", mode="before")
     @classmethod
@@ -289,6 +295,14 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     trainer: TrainerSettings = TrainerSettings()
     service: ServiceSettings = ServiceSettings()
+
+    @model_validator(mode="after")
+    def _the_loss_fits_the_head(self) -> Self:
+        if self.model.head == "mixture" and self.learner.loss not in ("bmc", "nll"):
+            raise ValueError(f'learner.loss = "{self.learner.loss}" needs model.head = "gaussian"')
+        if self.model.head == "gaussian" and self.learner.loss == "nll":
+            raise ValueError('learner.loss = "nll" needs model.head = "mixture"')
+        return self
 
     @model_validator(mode="after")
     def _a_batch_fits_the_replay_buffer(self) -> Self:

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections import deque
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -12,9 +12,22 @@ from torch import Tensor
 
 from trainer.batching import Batch
 from trainer.config import Settings
+from trainer.heads import MixtureHead
 from trainer.label_density import LabelDensity, LabelGrid
-from trainer.losses import bmc_loss, huber_loss, l1_loss, mse_loss
-from trainer.model import LEARNED_PRIOR, build_model, inference_state, prefixed, unprefixed
+from trainer.losses import (
+    LabelHistogram,
+    LabelMixture,
+    Mixture,
+    bmc_loss,
+    bni_loss,
+    density_bmc_loss,
+    density_nll_loss,
+    gai_loss,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+)
+from trainer.model import build_model, inference_state, learned_prior, prefixed, unprefixed
 from trainer.predictive import Components, log_score, predict
 from trainer.prequential import PrequentialMetrics
 from trainer.replay import ReplayBuffer
@@ -74,21 +87,23 @@ class Learner:
         learner = settings.learner
         self._settings = learner
         self._device = device
-        self._prior = LEARNED_PRIOR[learner.loss]
+        self._prior = learned_prior(learner.loss)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = build_model(schema, settings.model, learner).to(device)
         self.averaged = copy.deepcopy(self.model)
         self.averaged.features, self.averaged.labels = self.model.features, self.model.labels
-        self._weights = [p for p in self.model.parameters() if p is not self.model.head.noise.sigma]
+        sigma = self.model.head.sigma_parameters()
+        self._weights = [p for p in self.model.parameters() if not any(p is q for q in sigma)]
         self._averaged_weights = list(self.averaged.parameters())
         groups: list[dict[str, Any]] = [{"params": self._weights}]
-        if learner.sigma == "learned" and learner.loss == "bmc":
-            groups.append({"params": [self.model.head.noise.sigma], "lr": learner.sigma_lr})
+        if sigma:
+            groups.append({"params": sigma, "lr": learner.sigma_lr})
         self._skips_on_device = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, lr=learner.lr, fused=self._skips_on_device)
         self.replay = ReplayBuffer(learner.replay_rows, len(schema.numeric_columns), len(schema.buckets), device)
         self.density = LabelDensity()  # on the host, where labels arrive
+        self.labels = _label_model(learner.loss).to(device)
         self.prequential = PrequentialMetrics([f"{b:g}" for b in BALANCES], learner.metrics_fading, device)
         self.steps = self.samples = self._batches = 0
         self._random = np.random.default_rng(settings.seed)
@@ -131,9 +146,9 @@ class Learner:
         scores = []
         for model in (self.model, self.averaged):
             model.eval()
-            location = model(numeric, categorical)
-            model.head.noise.observe(location - target)
-            components = model.components(location)
+            mixture = model(numeric, categorical)
+            model.head.observe(mixture, target)
+            components = model.components(mixture)
             both.append(components)
             scores.append(log_score(components, self._grid, label, learned_prior=self._prior))
         answering = self._pick(*both)
@@ -157,9 +172,13 @@ class Learner:
         """Takes a batch into the running statistics; predictions in label units stay as they were (Pop-Art)."""
         ratio, shift = self.model.observe(numeric, label)
         for model in (self.model, self.averaged):
-            # Before the first batch there was no scaling that predictions could have been made in.
-            if self._batches or model.head.noise.unit == "label":
+            if self._batches:
                 model.head.rescale(ratio, shift)
+            else:
+                model.head.begin(ratio)
+        if isinstance(self.labels, LabelMixture | LabelHistogram):
+            self.labels.rescale(ratio, shift)
+            self.labels.observe(self.model.labels.standardise(label))
         self.density.observe(torch.from_numpy(batch.label))
         if self._batches < GRID_SETTLED or self._batches % GRID_EVERY == 0:
             self._grid = self.density.grid().to(self._device)
@@ -175,12 +194,8 @@ class Learner:
         scale = self.model.labels.standardise
         target = scale(self.replay.label[rows])
 
-        location = self.model(self.replay.numeric[rows], self.replay.categorical[rows])
-        if self._settings.loss == "bmc":
-            sigma = self.model.head.noise.value()
-            loss = bmc_loss(location, target, sigma, memory=scale(self.replay.label[others]))
-        else:
-            loss = PLAIN_LOSSES[self._settings.loss](location, target)
+        mixture = self.model(self.replay.numeric[rows], self.replay.categorical[rows])
+        loss = self._loss_of(mixture, target, scale(self.replay.label[others]), self.replay.label[rows])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self._weights, self._settings.gradient_clip)
@@ -197,6 +212,23 @@ class Learner:
                 slow.lerp_(fast, 1 - kept)
             loss = torch.where(self._loss.isnan(), loss, self._loss.lerp(loss, LOSS_WEIGHT))
             self._loss = torch.where(nonfinite > 0, self._loss, loss)
+
+    def _loss_of(self, mixture: Mixture, target: Tensor, memory: Tensor, label: Tensor) -> Tensor:
+        """The configured loss of rows (B,); `memory` (M,) are further labels, `label` is in its own units."""
+        name, head = self._settings.loss, self.model.head
+        if isinstance(head, MixtureHead):
+            if name == "bmc":
+                return density_bmc_loss(mixture, target, memory=memory)
+            return density_nll_loss(mixture, target, weights=self._grid.log_weight(label).exp().float())
+        match name:
+            case "bmc":
+                return bmc_loss(mixture.location, target, head.sigma(), memory=memory)
+            case "gai":
+                return gai_loss(mixture.location, target, head.sigma(), cast("LabelMixture", self.labels))
+            case "bni":
+                return bni_loss(mixture.location, target, head.sigma(), cast("LabelHistogram", self.labels))
+            case _:
+                return PLAIN_LOSSES[name](mixture.location, target)
 
     def _averaged_is_better(self) -> Tensor:
         return self._scores[1] > self._scores[0]
@@ -216,7 +248,7 @@ class Learner:
     def read(self) -> Readings:
         """Metrics, fetched off the device; the one place that waits for it, but for the snapshots."""
         model = self.averaged if self._averaged_is_better() else self.model
-        sigma = float(model.head.noise.value().detach())
+        sigma = float(model.head.sigma().detach())
         loss = float(self._loss)
         newest = [
             (float(t), float(y), float(p))
@@ -251,6 +283,7 @@ class Learner:
             "optimizer": optimizer,
             "replay": self.replay.state_dict(),
             "density": self.density.state_dict(),
+            "labels": self.labels.state_dict(),
             "grid": self._grid.to_tensors(),
             "prequential": self.prequential.state_dict(),
             "learner": {
@@ -283,6 +316,7 @@ class Learner:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.replay.load_state_dict(unprefixed("replay", state))
         self.density.load_state_dict(unprefixed("density", state))
+        self.labels.load_state_dict(unprefixed("labels", state))
         self._grid = LabelGrid.from_tensors(unprefixed("grid", state)).to(self._device)
         self.prequential.load_state_dict(unprefixed("prequential", state))
         learner = unprefixed("learner", state)
@@ -291,6 +325,17 @@ class Learner:
         self._scores.copy_(learner["scores"])
         self._loss = learner["loss"].to(self._device)
         self._nonfinite.copy_(learner["nonfinite"])
+
+
+def _label_model(loss: str) -> LabelMixture | LabelHistogram | torch.nn.Module:
+    """What a loss must know of the label density beside the step's labels: nothing, but for two of them."""
+    match loss:
+        case "gai":
+            return LabelMixture()
+        case "bni":
+            return LabelHistogram()
+        case _:
+            return torch.nn.Module()
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

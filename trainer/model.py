@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from trainer.config import LearnerSettings, ModelSettings, SigmaInLabelUnits
 from trainer.errors import ConfigError
+from trainer.heads import GaussianHead, Head, MixtureHead
 from trainer.label_density import LabelGrid
-from trainer.losses import NoiseSigma
+from trainer.losses import LOSSES, Mixture, NoiseSigma
 from trainer.predictive import Components, LearnedPrior
 from trainer.schema import FeatureSchema
 
 TRAINING_REACH: Final = 50.0  # standard deviations; nearer bounds hide the rare rows that matter (delays, claims)
 SMALLEST_SD: Final = 1e-3  # of a feature: below it the feature is constant so far, and is not blown up
-HEAD_INIT: Final = 0.02
 PLAIN_SIGMA_BOUNDS: Final = (1e-3, 1e3)  # label standard deviations
-LEARNED_PRIOR: Final[dict[str, LearnedPrior]] = {"bmc": "uniform", "mse": "stream", "l1": "stream", "huber": "stream"}
 
 
 class FeatureScaler(nn.Module):
@@ -153,68 +152,32 @@ class TabularBody(nn.Module):
         return features
 
 
-class GaussianHead(nn.Module):
-    """h(y|x) = N(y; f(x), sigma^2), one sigma for all rows: the form in which Balanced MSE was published.
-
-    Ren et al., "Balanced MSE for Imbalanced Visual Regression" (CVPR 2022), arXiv 2203.16427.
-    """
-
-    def __init__(self, in_features: int, noise: NoiseSigma) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_features, 1)
-        nn.init.normal_(self.linear.weight, std=HEAD_INIT)
-        nn.init.zeros_(self.linear.bias)
-        self.noise = noise
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, H) -> location f (B,), label standard deviations."""
-        return self.linear(features).squeeze(1)  # type: ignore[no-any-return]
-
-    def components(self, location: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The density as a mixture of one: log weights, means and scales, each (B, 1), label standard deviations."""
-        means = location[:, None]
-        return torch.zeros_like(means), means, self.noise.value().expand_as(means)
-
-    @torch.no_grad()
-    def rescale(self, ratio: Tensor, shift: Tensor) -> None:
-        """Keeps predictions and noise in label units when the label scaling moves (Pop-Art).
-
-        van Hasselt et al., "Learning values across many orders of magnitude" (NeurIPS 2016), arXiv 1602.07714.
-
-        Args:
-            ratio: old standard deviation / new one, 0-dim.
-            shift: (old mean - new mean) / new standard deviation, 0-dim.
-        """
-        self.linear.weight.mul_(ratio)
-        self.linear.bias.mul_(ratio).add_(shift)
-        self.noise.rescale(ratio)
-
-
 class Model(nn.Module):
     """Feature scaling, body, head and label scaling in one."""
 
-    def __init__(self, body: nn.Module, head: GaussianHead, columns: int) -> None:
+    def __init__(self, body: nn.Module, head: Head, columns: int) -> None:
         super().__init__()
         self.features = FeatureScaler(columns)
         self.body = body
         self.head = head
         self.labels = LabelScaler()
 
-    def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:
-        """Raw columns (B, F), NaN where missing, and buckets (B, C) -> location f (B,), label standard deviations."""
-        location: Tensor = self.head(self.body(self.features(numeric), categorical))
-        return location
+    def forward(self, numeric: Tensor, categorical: Tensor) -> Mixture:
+        """Raw columns (B, F), NaN where missing, and buckets (B, C) -> h(y|x), label standard deviations."""
+        mixture: Mixture = self.head(self.body(self.features(numeric), categorical))
+        return mixture
 
-    def components(self, location: Tensor) -> Components:
-        """What `forward` gave, as the density h(y|x) that `trainer.predictive` answers from."""
-        return Components(*self.head.components(location), self.labels.mean, self.labels.sd)
+    def components(self, mixture: Mixture) -> Components:
+        """What `forward` gave, in the form that `trainer.predictive` answers from."""
+        scales = mixture.log_scales.exp()
+        return Components(mixture.log_weights, mixture.means, scales, self.labels.mean, self.labels.sd)
 
     @torch.no_grad()
     def observe(self, numeric: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Takes rows (B, F) and labels (B,) into the running statistics.
 
         Returns:
-            The ratio and shift by which the label scaling moved, for `GaussianHead.rescale`.
+            The ratio and shift by which the label scaling moved, for the head's `rescale`.
         """
         self.features.observe(numeric)
         mean, sd = self.labels.mean.clone(), self.labels.sd
@@ -236,7 +199,11 @@ def build_model(schema: FeatureSchema, model: ModelSettings, learner: LearnerSet
     out_features = getattr(body, "out_features", None)
     if not isinstance(out_features, int):
         raise ConfigError(f"model.body: {model.body!r} made {type(body).__name__}, which has no integer out_features")
-    head = GaussianHead(out_features, _noise(learner))
+    head: Head
+    if model.head == "mixture":
+        head = MixtureHead(out_features, model.components)
+    else:
+        head = GaussianHead(out_features, _noise(learner))
     return Model(body, head, len(schema.numeric_columns))
 
 
@@ -265,8 +232,15 @@ def unprefixed(part: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")}
 
 
+def learned_prior(loss: str) -> LearnedPrior:
+    """What a head trained by a loss is proportional to: see `trainer.predictive`."""
+    if loss == "nll":
+        return "weighted"
+    return "uniform" if LOSSES[loss].balanced else "stream"
+
+
 def _noise(learner: LearnerSettings) -> NoiseSigma:
-    if LEARNED_PRIOR[learner.loss] == "stream":
+    if not LOSSES[learner.loss].balanced:
         # These losses do not use sigma, so the running residual itself is safe: nothing feeds back.
         return NoiseSigma("adaptive", initial=1.0, share=0.999, bounds=PLAIN_SIGMA_BOUNDS)
     match learner.sigma:
