@@ -34,7 +34,9 @@ METRICS = {
 }
 
 
-def make_settings(store: Path, *, hidden: tuple[int, ...] = (16, 16), **service: Any) -> Settings:
+def make_settings(
+    store: Path, *, hidden: tuple[int, ...] = (16, 16), head: str = "mixture", **service: Any
+) -> Settings:
     return Settings(
         kafka={"bootstrap_servers": ["127.0.0.1:1"], "topic": "flights"},
         schema={
@@ -50,7 +52,7 @@ def make_settings(store: Path, *, hidden: tuple[int, ...] = (16, 16), **service:
                 "sensors": {"kind": "vector", "size": 3},
             },
         },
-        model={"hidden": list(hidden), "embedding": 4, "category_buckets": 64},
+        model={"hidden": list(hidden), "embedding": 4, "category_buckets": 64, "head": head},
         store={"url": str(store)},
         service={"port": 0, "poll_interval_s": 0.02, **service},
     )
@@ -85,11 +87,13 @@ def fitted(settings: Settings, seed: int) -> tuple[Model, dict[str, Tensor]]:
         optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
         for _ in range(20):
             optimiser.zero_grad()
-            (model(numeric, categorical) - model.labels.standardise(label)).square().mean().backward()
+            density = model.components(model(numeric, categorical))
+            offsets = (model.labels.standardise(label)[:, None] - density.means) / density.scales
+            (-(density.log_weights - density.scales.log() - offsets.square() / 2).logsumexp(1).mean()).backward()
             optimiser.step()
-        density = LabelDensity()
-        density.observe(label)
-        return model, density.grid().to_tensors()
+        labels = LabelDensity()
+        labels.observe(label)
+        return model, labels.grid().to_tensors()
 
 
 def write_snapshot(settings: Settings, seed: int = 0, **changes: Any) -> Manifest:

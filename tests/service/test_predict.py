@@ -27,10 +27,10 @@ ASKED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+@pytest.fixture(scope="module", params=["mixture", "gaussian"])
+def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A model of the usual width: kernels are chosen by size."""
-    settings = make_settings(tmp_path_factory.mktemp("store"), hidden=(128, 128))
+    settings = make_settings(tmp_path_factory.mktemp("store"), hidden=(128, 128), head=request.param)
     write_snapshot(settings)
     return settings
 
