@@ -1,0 +1,92 @@
+"""Alerts and dashboard name metrics that exist, alerts do what they say, Prometheus asks the right addresses."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from service.metrics import ServiceMetrics
+from trainer.config import load
+from trainer.metrics import TrainerMetrics
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+ALERTS = [rule for group in yaml.safe_load((DOCKER / "alerts.yml").read_text())["groups"] for rule in group["rules"]]
+DASHBOARD = json.loads((DOCKER / "grafana" / "dashboards" / "tailstream.json").read_text())
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="there is no promtool (package prometheus)"
+)
+
+
+def test_every_metric_that_is_asked_for_exists() -> None:
+    known = {*_series(TrainerMetrics().registry), *_series(ServiceMetrics(lambda: None, lambda: 0).registry)}
+    for query in [*(rule["expr"] for rule in ALERTS), *_dashboard_queries()]:
+        asked = set(re.findall(r"\btailstream_\w+", query))
+        assert asked <= known, f"{sorted(asked - known)} in {query}"
+
+
+def test_every_alert_says_what_happened_and_what_to_do() -> None:
+    names = [rule["alert"] for rule in ALERTS]
+    assert len(names) == len(set(names))
+    for rule in ALERTS:
+        assert set(rule["annotations"]) == {"summary", "runbook"}, rule["alert"]
+        assert rule["labels"]["severity"] in ("warning", "critical"), rule["alert"]
+
+
+def test_every_alert_is_tested() -> None:
+    tests = (ROOT / "tests" / "docker" / "alerts.test.yml").read_text()
+    assert [rule["alert"] for rule in ALERTS if rule["alert"] not in tests] == []
+
+
+def test_the_dashboard_reads_from_the_data_source_that_is_provisioned() -> None:
+    provisioned = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yml").read_text())
+    uids = {source["uid"] for source in provisioned["datasources"]}
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert {panel["datasource"]["uid"] for panel in panels} == uids
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    assert all(panel["description"] and panel["fieldConfig"]["defaults"]["unit"] for panel in panels)
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + dx, place["y"] + dy) for dx in range(place["w"]) for dy in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+
+
+def test_prometheus_asks_where_trainer_and_service_answer() -> None:
+    configuration = yaml.safe_load((DOCKER / "prometheus.yml").read_text())
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in configuration["scrape_configs"]}
+    settings = load(DOCKER / "tailstream.toml")
+    assert targets["trainer"] == [f"trainer:{settings.trainer.metrics_port}"]
+    assert targets["service"] == [f"service:{settings.service.port}"]
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    "arguments", [["check", "config", "docker/prometheus.yml"], ["test", "rules", "tests/docker/alerts.test.yml"]]
+)
+def test_promtool_accepts_configuration_and_alerts(arguments: list[str]) -> None:
+    done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _dashboard_queries() -> list[str]:
+    return [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", ())]
+
+
+def _series(registry: CollectorRegistry) -> Iterator[str]:
+    """Names under which Prometheus finds what a registry has, with or without values."""
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    for family in registry.collect():
+        for suffix in suffixes.get(family.type, ("",)):
+            yield family.name + suffix
