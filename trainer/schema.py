@@ -29,8 +29,7 @@ LEAF_TYPES: Final[dict[str, Any]] = {
     "categorical": Scalar,
     "timestamp": str | int | float | None,
     "label": float | None,
-    "identity": Scalar,
-    "ignored": msgspec.Raw,
+    "time": Scalar,
 }
 
 
@@ -68,6 +67,9 @@ class FeatureSchema:
         self._plain = all(f.kind in ("numeric", "boolean", "categorical") for f in kinds.values())
         self._wide = [(name, f.kind) for name, f in kinds.items() if f.kind != "categorical"]
         self._caches: tuple[dict[str | float, int], ...] = tuple({} for _ in self.buckets)
+        roles = {settings.label: "numeric", settings.time: "timestamp", settings.id: "categorical"}
+        self._kinds = {**{name: kind for name, kind in roles.items() if name}, **{n: f.kind for n, f in kinds.items()}}
+        self._objects = {name.partition(".")[0] for name in self._kinds if "." in name}
 
     def decode(self, value: bytes) -> Row:
         """Reads one labelled record.
@@ -105,9 +107,7 @@ class FeatureSchema:
 
     def numeric(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Numeric features of rows, (B, F), NaN where missing."""
-        if not self.numeric_columns:
-            return np.empty((len(rows), 0), dtype=np.float32)
-        return np.array([row.numeric for row in rows], dtype=np.float32).reshape(len(rows), -1)
+        return np.array([row.numeric for row in rows], dtype=np.float32).reshape(len(rows), len(self.numeric_columns))
 
     def categorical(self, rows: Sequence[Row]) -> NDArray[np.int64]:
         """Categorical features of rows, (B, C), as buckets."""
@@ -116,15 +116,19 @@ class FeatureSchema:
     def from_csv(self, cells: Mapping[str, str | None]) -> dict[str, Any]:
         """A record from a line of CSV, each cell typed by the schema, an empty one null.
 
-        A cell that is not of its type stays text, so that it is rejected where every record is judged.
+        A cell that is not of its type stays text, so that it is rejected where every record is judged. A column that
+        the schema does not know stays text too, unless its name is needed for an object that known columns lie in.
         """
         record: dict[str, Any] = {}
         for column, cell in cells.items():
-            *parents, leaf = column.split(".") if column in self._paths else [column]
+            kind = self._kinds.get(column)
+            if kind is None and column in self._objects:
+                continue
+            *parents, leaf = column.split(".") if kind else [column]
             table = record
             for parent in parents:
                 table = table.setdefault(parent, {})
-            table[leaf] = _typed(cell, self._paths.get(column))
+            table[leaf] = _typed(cell, kind)
         return record
 
     @property
@@ -132,14 +136,12 @@ class FeatureSchema:
         """Width of the numeric input of a body: F standardised columns, then F that are 1 where a value is missing."""
         return 2 * len(self.numeric_columns)
 
-    @property
-    def _paths(self) -> dict[str, str]:
-        return {**{name: f.kind for name, f in self.settings.features.items()}, self.settings.label: "numeric"}
-
     def identity(self, record: Mapping[str, Any]) -> str | None:
         """The record's id as text, None where the schema names none or the record has none."""
+        if self.settings.id is None:
+            return None
         value: Any = record
-        for part in (self.settings.id or "").split("."):
+        for part in self.settings.id.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return None if value is None or isinstance(value, dict | list) else category_text(value)
 
@@ -158,7 +160,7 @@ class FeatureSchema:
             cache[value] if type(value) is str and value in cache else self._bucket(feature, value)
             for feature, (value, cache) in enumerate(zip(categorical, self._caches, strict=True))
         )
-        return Row(numeric, buckets, math.nan if label is None else label, None if time is None else _seconds(time))
+        return Row(numeric, buckets, math.nan if label is None else label, _seconds(time))
 
     def _bucket(self, feature: int, value: Scalar) -> int:
         if value is None:
@@ -226,7 +228,7 @@ def _compile(settings: SchemaSettings, *, labelled: bool) -> tuple[type[Any], Ca
     """A msgspec type for the record, and a function from its objects to (label, time, numeric, categorical)."""
     leaves: dict[str, Any] = {}
     if settings.time:
-        leaves[settings.time] = LEAF_TYPES["identity"]
+        leaves[settings.time] = LEAF_TYPES["time"]
     for name, feature in settings.features.items():
         leaves[name] = _vector_type(feature.size) if feature.kind == "vector" else LEAF_TYPES[feature.kind]
     if labelled:
@@ -300,24 +302,29 @@ def _vector_type(size: int | None) -> Any:
     return Annotated[list[float], msgspec.Meta(min_length=size, max_length=size)] | None
 
 
-def _seconds(value: str | int | float) -> float | None:
-    """Epoch milliseconds or ISO 8601 (without an offset: UTC) as seconds since the epoch; None if it is neither."""
+def _moment(value: str | int | float) -> datetime | None:
+    """Epoch milliseconds or ISO 8601 (UTC if it says no offset), in UTC; None if it is neither or past year 9999."""
     try:
         if not isinstance(value, str):
-            return datetime.fromtimestamp(value / 1000, UTC).timestamp()
+            return datetime.fromtimestamp(value / 1000, UTC)
         time = datetime.fromisoformat(value)
-        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
     except (ValueError, OverflowError, OSError):
         return None
+
+
+def _seconds(value: Scalar) -> float | None:
+    """An event time as seconds since the epoch; None if it is none."""
+    time = None if value is None or isinstance(value, bool) else _moment(value)
+    return None if time is None else time.timestamp()
 
 
 def _cycles(name: str, value: str | int | float | None) -> list[float | None]:
     if value is None:
         return [None] * len(TIMESTAMP_COLUMNS)
-    seconds = _seconds(value)
-    if seconds is None:
+    time = _moment(value)
+    if time is None:
         raise RecordError("wrong_type", f"{name}: {value!r} is neither ISO 8601 nor epoch milliseconds", name)
-    time = datetime.fromtimestamp(seconds, UTC)
     hour = time.hour + time.minute / 60 + time.second / 3600
     turns = (hour / 24, (time.weekday() + hour / 24) / 7, (time.timetuple().tm_yday - 1 + hour / 24) / 365.25)
     return [wave(2 * math.pi * turn) for turn in turns for wave in (math.sin, math.cos)]
