@@ -67,11 +67,32 @@ def bmc_loss(
         raise ValueError(f"noise_sigma has shape {tuple(sigma.shape)}: give one number for the batch")
     labels, log_weights = candidate_labels(target, memory, memory_log_weights)
     sigma = sigma.reshape(()).abs().clamp(min=SMALLEST_SIGMA)
+    return loss_against(pred, target, sigma, labels, log_weights, reduction)
+
+
+def loss_against(
+    pred: Tensor,
+    target: Tensor,
+    noise_sigma: Tensor,
+    labels: Tensor,
+    log_weights: Tensor | None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Balanced MSE against candidates as given, whether or not the own labels are among them.
+
+    Args:
+        pred: (B,) or (B, D) predictions, float32 or float64.
+        target: (B,) or (B, D) labels, of the same dtype.
+        noise_sigma: 0-dim, above 0.
+        labels: (N,) or (N, D) candidates.
+        log_weights: (N,), -inf = masked out; or None for 0.
+        reduction: `mean` over the finite rows, `sum`, or `none` for (B,).
+    """
     # Only a CPU may look at the numbers, and then spares the common case all masking.
     if pred.device.type == "cpu":
         labels, log_weights = drop_masked(labels, log_weights)
         if log_weights is None and all_finite(pred.detach(), labels):
-            loss: Tensor = _BalancedMSE.apply(pred, sigma, target, labels, None, True)  # type: ignore[no-untyped-call]
+            loss: Tensor = _BalancedMSE.apply(pred, noise_sigma, target, labels, None, True)  # type: ignore[no-untyped-call]
             return loss.mean() if reduction == "mean" else reduce_rows(loss, target.isfinite(), reduction)
     peak_is_zero = log_weights is None
     labels, log_weights = mask_candidates(labels, log_weights)
@@ -79,7 +100,7 @@ def bmc_loss(
     # A row left out is moved onto a candidate, where all computed for it is finite; its results are then dropped.
     keep_values = keep if pred.dim() == 1 else keep[:, None]
     pred, target = (torch.where(keep_values, values, labels[0]) for values in (pred, target))
-    loss = _BalancedMSE.apply(pred, sigma, target, labels, log_weights, peak_is_zero)  # type: ignore[no-untyped-call]
+    loss = _BalancedMSE.apply(pred, noise_sigma, target, labels, log_weights, peak_is_zero)  # type: ignore[no-untyped-call]
     return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
 
 

@@ -1,0 +1,45 @@
+"""Balanced MSE by bin-based numerical integration (BNI), over a histogram kept on the stream.
+
+Source: Ren et al., "Balanced MSE for Imbalanced Visual Regression", CVPR 2022 (arXiv 2203.16427), the BNI form. With
+v = sigma^2 and bins of share w_b and centre c_b, here the mean of the bin's labels:
+
+    loss_i = 2 v ((p_i - y_i)^2 / 2v + logsumexp_b(log w_b - (p_i - c_b)^2 / 2v)),   the factor 2 v detached
+"""
+
+import torch
+from torch import Tensor
+
+from trainer.losses.bmc import SMALLEST_SIGMA, loss_against
+from trainer.losses.label_histogram import LabelHistogram
+from trainer.losses.rows import Reduction, as_rows
+
+
+def bni_loss(
+    pred: Tensor,
+    target: Tensor,
+    noise_sigma: Tensor | float,
+    labels: LabelHistogram,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Balanced MSE against a histogram of all labels. Bins should be no wider than sigma.
+
+    Args:
+        pred: (B,) or (B, 1) predictions, in the unit of the labels.
+        target: (B,) or (B, 1) labels. Rows that are not finite have loss and gradients 0.
+        noise_sigma: 0-dim, the noise's standard deviation in label units; its sign is ignored.
+        labels: The histogram, which has observed labels in the same unit, this batch's among them.
+        reduction: `mean` over the finite rows, `sum`, or `none` for (B,).
+
+    Returns:
+        0-dim or (B,), in squared label units.
+
+    Raises:
+        ValueError: Shapes that do not belong together, labels of several dimensions, or an unknown reduction.
+    """
+    pred, target = as_rows(pred, target)
+    if pred.dim() != 1:
+        raise ValueError(f"BNI is for one label a row, not {tuple(target.shape)}")
+    sigma = torch.as_tensor(noise_sigma, device=pred.device).reshape(()).abs().clamp(min=SMALLEST_SIGMA)
+    centres, log_weights = labels.centres().to(pred.dtype), labels.log_weights().to(pred.dtype)
+    return loss_against(pred, target, sigma, centres, log_weights, reduction)
