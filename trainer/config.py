@@ -216,7 +216,7 @@ class StoreSettings(_Table):
 
     url: str = Field(default="./snapshots", description="Folder of snapshots, shared by trainer and service.")
     interval_s: float = Field(
-        default=0.5, ge=0, description="Seconds between snapshots; stretched so that saving takes at most a 20th."
+        default=0.5, ge=0, description="Seconds between snapshots; stretched, so that saving takes at most 5%."
     )
 
     @field_validator("url")

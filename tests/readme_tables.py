@@ -1,0 +1,70 @@
+"""The README's tables, made from the code they describe: `python -m tests.readme_tables` writes them into README.md."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from service.metrics import ServiceMetrics
+from trainer.config import Settings
+from trainer.metrics import TrainerMetrics
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def settings_table() -> str:
+    lines = ["| setting | default | what it is |", "|---|---|---|"]
+    lines += [f"| `{name}` | {default} | {text} |" for name, default, text in settings()]
+    return "\n".join(lines)
+
+
+def settings(model: type[BaseModel] = Settings, path: str = "") -> Iterator[tuple[str, str, str]]:
+    for name, field in model.model_fields.items():
+        key = path + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from settings(field.annotation, f"{key}.")
+        else:
+            assert field.description, f"{key} has no description"
+            yield key, _default(field.get_default(call_default_factory=True)), field.description
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    return "none" if value is None else f"`{json.dumps(value)}`"
+
+
+def metrics_table() -> str:
+    lines = ["| metric | labels | from | what it is |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {labels} | {origin} | {text} |" for name, labels, origin, text in metrics()]
+    return "\n".join(lines)
+
+
+def metrics() -> Iterator[tuple[str, str, str, str]]:
+    registries = {
+        "trainer": TrainerMetrics().registry,
+        "service": ServiceMetrics(lambda: None, lambda: 0).registry,
+    }
+    for origin, registry in registries.items():
+        for collector in list(registry._collector_to_names):
+            labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
+            for family in collector.collect():
+                name = family.name + ("_total" if family.type == "counter" else "")
+                shown = labels or {"tailstream_model_prequential_mae": "`shots`, `balance`"}.get(name, "")
+                yield name, shown, origin, family.documentation
+
+
+def with_tables(text: str) -> str:
+    for name, table in (("settings", settings_table()), ("metrics", metrics_table())):
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
+        text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.S)
+        assert count == 1, f"README.md has no place for the table of {name}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text()))
