@@ -19,7 +19,7 @@ from service.metrics import ServiceMetrics, age_s
 from service.model_info import ModelResponse, model_response
 from service.predictor import Question
 from service.problems import NOT_JSON_TYPE, NOT_READY, TOO_LARGE, Problem
-from service.schemas import PredictResponse, ProblemResponse, request_model
+from service.schemas import PredictResponse, request_model
 from service.watcher import Watcher
 from trainer.config import Settings
 
@@ -254,14 +254,3 @@ def page_router(watcher: Watcher, settings: Settings) -> APIRouter:
 def mounts() -> dict[str, StaticFiles]:
     """Folders of static files by their path."""
     return {"/dashboard": StaticFiles(directory=PAGES), "/docs/swagger-ui": StaticFiles(directory=SWAGGER_UI)}
-
-
-__all__ = [
-    "PredictEndpoint",
-    "ProblemResponse",
-    "mounts",
-    "not_ready_because",
-    "page_router",
-    "predict_route",
-    "state_router",
-]
