@@ -250,11 +250,11 @@ class Learner:
         model = self.averaged if self._averaged_is_better() else self.model
         sigma = float(model.head.sigma().detach())
         loss = float(self._loss)
-        newest = [
-            (float(t), float(y), float(p))
-            for rows in self._newest
-            for t, y, p in zip(rows.time_s, rows.label, rows.prediction.tolist(), strict=True)
-        ]
+        newest: list[tuple[float, float, float]] = []
+        for rows in reversed(self._newest):
+            if len(newest) >= NEWEST_SAMPLES:
+                break
+            newest[:0] = zip(rows.time_s.tolist(), rows.label.tolist(), rows.prediction.tolist(), strict=True)
         return Readings(
             train_loss=None if np.isnan(loss) else loss,
             noise_sigma=sigma,

@@ -1,0 +1,301 @@
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import trainer.learner
+from tests.trainer.stream import CPU, make_batches, make_learner, make_settings
+from trainer.batching import Batch
+from trainer.config import Settings
+from trainer.learner import Learner
+
+ROWS = 8 * 32
+GAUSSIAN = {"head": "gaussian"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mixture bmc": {},
+    "mixture nll": {"learner": {"loss": "nll"}},
+    "gaussian bmc": {"model": GAUSSIAN},
+    "gaussian bmc, sigma in label units": {"model": GAUSSIAN, "learner": {"sigma": {"label_units": 8.0}}},
+    "gaussian bmc, adaptive sigma": {"model": GAUSSIAN, "learner": {"sigma": "adaptive"}},
+    "gaussian gai": {"model": GAUSSIAN, "learner": {"loss": "gai"}},
+    "gaussian bni": {"model": GAUSSIAN, "learner": {"loss": "bni"}},
+    "gaussian mse": {"model": GAUSSIAN, "learner": {"loss": "mse"}},
+    "a buffer of one batch": {"learner": {"replay_rows": 32, "label_memory": 32}},
+}
+BALANCED = {"mixture bmc": "density_bmc_loss", "gaussian bmc": "bmc_loss", "a buffer of one batch": "density_bmc_loss"}
+
+
+def settings_of(variant: str, **tables: Any) -> Settings:
+    return make_settings(**{**VARIANTS[variant], **tables})
+
+
+def trained(given: Settings, batches: list[Batch], device: torch.device = CPU) -> Learner:
+    learner = make_learner(given, device)
+    for batch in batches:
+        learner.step(batch)
+    return learner
+
+
+def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state as it comes back from a file."""
+    return safetensors.torch.load(safetensors.torch.save(state))
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype, name
+        assert torch.equal(value.nan_to_num(7e7), right[name].nan_to_num(7e7)), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_learner_that_crashed_after_any_batch_goes_on_bit_for_bit(variant: str) -> None:
+    given_settings = settings_of(variant)
+    batches = make_batches(given_settings, ROWS)
+    whole = trained(given_settings, batches)
+
+    @given(st.lists(st.integers(0, len(batches)), min_size=1, max_size=2))
+    @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+    def resumed_after(crashes: list[int]) -> None:
+        learner = make_learner(given_settings)
+        done = 0
+        for crash in [*sorted(crashes), len(batches)]:
+            for batch in batches[done:crash]:
+                learner.step(batch)
+            done = crash
+            state = stored(learner.state_dict())
+            learner = make_learner(given_settings.model_copy(update={"seed": 99}))
+            learner.load_state_dict(state)
+        assert_same(learner.state_dict(), whole.state_dict())
+        assert_same(learner.inference_state(), whole.inference_state())
+        assert learner.read()._replace(newest=[]) == whole.read()._replace(newest=[])
+        assert (learner.steps, learner.samples) == (whole.steps, whole.samples)
+
+    resumed_after()
+
+
+def test_the_same_seed_gives_the_same_learner_and_another_seed_another() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, 4 * 32)
+    torch.manual_seed(1)
+    first = trained(given_settings, batches).state_dict()
+    torch.manual_seed(2)  # torch's own generator has no part in it
+    assert_same(trained(given_settings, batches).state_dict(), first)
+    other = trained(given_settings.model_copy(update={"seed": 1}), batches).state_dict()
+    assert not torch.equal(other["model.head.linear.weight"], first["model.head.linear.weight"])
+
+
+def test_making_a_learner_leaves_torchs_generator_as_it_was() -> None:
+    before = torch.get_rng_state()
+    make_learner(settings_of("mixture bmc"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_state_is_a_copy_that_further_steps_do_not_change() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, 6 * 32)
+    learner = trained(given_settings, batches[:4])
+    state, model = learner.state_dict(), learner.inference_state()
+    kept = copy.deepcopy((state, model))
+    for batch in batches[4:]:
+        learner.step(batch)
+    assert_same(state, kept[0])
+    assert_same(model, kept[1])
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    state = trained(settings_of("mixture bmc"), make_batches(settings_of("mixture bmc"), 64)).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_learner(settings_of("mixture bmc", model={"hidden": [13]})).load_state_dict(state)
+    state.pop("learner.random")
+    with pytest.raises(KeyError, match="random"):
+        make_learner(settings_of("mixture bmc")).load_state_dict(state)
+
+
+def parameters(learner: Learner) -> dict[str, Tensor]:
+    """Weights and the optimiser's state, as they are."""
+    return {
+        name: value for name, value in learner.state_dict().items() if name.startswith(("model.body.", "optimizer."))
+    }
+
+
+def poison_with_nan(learner: Learner) -> None:
+    learner.model.body.layers[0].weight.data[0, 0] = torch.nan  # type: ignore[index, union-attr]
+
+
+def poison_with_huge(learner: Learner) -> None:
+    learner.model.head.linear.bias.data.fill_(1e25)  # its square leaves float32
+
+
+@pytest.mark.parametrize(
+    ("variant", "poison"),
+    [
+        ("mixture bmc", poison_with_nan),
+        ("gaussian bmc", poison_with_nan),
+        ("gaussian mse", poison_with_nan),
+        ("gaussian mse", poison_with_huge),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_optimiser_and_is_counted(
+    variant: str, poison: Any
+) -> None:
+    given_settings = settings_of(variant)
+    batches = make_batches(given_settings, 5 * 32)
+    learner = trained(given_settings, batches[:4])
+    assert learner.read().nonfinite_steps == 0
+    loss_before = learner.read().train_loss
+    poison(learner)
+    before = parameters(learner)
+    steps = learner.steps
+    learner.step(batches[4])
+    assert_same(parameters(learner), before)
+    readings = learner.read()
+    assert readings.nonfinite_steps == learner.steps - steps == 4  # two of fresh rows, two of replay
+    assert readings.train_loss == loss_before
+
+
+def test_a_healthy_learner_goes_on_after_the_largest_features_and_labels_there_are() -> None:
+    given_settings = settings_of("mixture bmc")
+    *first, last = make_batches(given_settings, 6 * 32)
+    learner = trained(given_settings, first)
+    last.numeric[:4] = [[3e38, -3e38], [np.nan, 3e38], [-3e38, 0], [1e-38, 1e38]]
+    last.label[:4] = [3e38, -3e38, 1e30, 0]
+    for batch in (last, *first):
+        learner.step(batch)
+    weights = parameters(learner)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert np.isfinite(learner.read().noise_sigma)
+
+
+def test_a_batch_without_rows_changes_nothing() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, 3 * 32)
+    learner = trained(given_settings, batches)
+    before = learner.state_dict()
+    empty = Batch(
+        np.empty((0, 2), np.float32), np.empty((0, 1), np.int64), np.empty(0), np.empty(0), batches[0].progress
+    )
+    learner.step(empty)
+    assert_same(learner.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("ignore:a batch of one row without a label memory")
+def test_batches_of_one_row_teach_and_are_scored() -> None:
+    given_settings = settings_of("mixture bmc", batch={"size": 1})
+    learner = trained(given_settings, make_batches(given_settings, 60))
+    assert (learner.samples, learner.read().metrics["whole"]["rows"]) == (60, 59)
+    assert learner.read().nonfinite_steps == 0
+
+
+def spied(monkeypatch: pytest.MonkeyPatch, variant: str) -> list[tuple[Tensor, Tensor]]:
+    """The labels of each step, and the memory beside them, as the balanced loss is given them from now on."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    real = getattr(trainer.learner, BALANCED[variant])
+
+    def spy(prediction: Any, target: Tensor, *sigma: Tensor, memory: Tensor) -> Tensor:
+        calls.append((target.clone(), memory.clone()))
+        loss: Tensor = real(prediction, target, *sigma, memory=memory)
+        return loss
+
+    monkeypatch.setattr(trainer.learner, BALANCED[variant], spy)
+    return calls
+
+
+@pytest.mark.parametrize("variant", BALANCED)
+def test_a_steps_own_labels_are_in_the_balanced_loss_exactly_once(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_settings = settings_of(variant)
+    calls = spied(monkeypatch, variant)
+    learner = make_learner(given_settings)
+    for batch in make_batches(given_settings, 8 * 32):
+        assert len(set(batch.label)) == len(batch)  # so that a label says which row it is of
+        calls.clear()
+        learner.step(batch)
+        held = learner.model.labels.standardise(learner.replay.label[: len(learner.replay)]).tolist()
+        assert len(calls) == 4
+        for target, memory in calls:
+            own, others = target.tolist(), memory.tolist()
+            assert len(set(own)) == len(own) == 16
+            assert len(set(others)) == len(others)
+            assert not set(own) & set(others)
+            assert {*own, *others} <= set(held)
+            # All that was drawn from the buffer but the own rows.
+            assert len(others) >= min(given_settings.learner.label_memory, len(held)) - len(own)
+
+
+def test_every_fresh_row_is_trained_on_once_before_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_settings = settings_of("mixture bmc")
+    calls = spied(monkeypatch, "mixture bmc")
+    learner = make_learner(given_settings)
+    for batch in make_batches(given_settings, 4 * 32):
+        calls.clear()
+        learner.step(batch)
+        fresh = learner.model.labels.restore(torch.cat([calls[0][0], calls[1][0]]))
+        np.testing.assert_allclose(fresh, batch.label, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.xfail(raises=RuntimeError, reason="trainer.predictive asks the device whether a row needs more precision")
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "buffer" not in v])
+def test_a_step_waits_for_the_device_nowhere(variant: str) -> None:
+    """On the `meta` device a tensor has no values: whoever asks for one, or leaves one on the CPU, fails."""
+    given_settings = settings_of(variant)
+    batches = make_batches(given_settings, 3 * 32)
+    learner = trained(given_settings, batches, torch.device("meta"))
+    assert learner.steps == 3 * 4
+
+
+def test_metrics_count_rows_that_were_predicted_before_they_were_learned() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, ROWS)
+    readings = trained(given_settings, batches).read()
+    assert readings.metrics["whole"]["rows"] == ROWS - 32  # nothing can be predicted before the first batch
+    assert 0 < readings.metrics["whole"]["coverage"] <= 1
+    assert readings.noise_sigma_label_units > readings.noise_sigma > 0
+    labels = np.concatenate([batch.label for batch in batches])[-100:]
+    times = np.concatenate([batch.time_s for batch in batches])[-100:]
+    assert [(time, label) for time, label, _ in readings.newest] == list(zip(times, labels, strict=True))
+
+
+def test_predictions_come_from_the_model_before_it_has_seen_the_batch() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, 6 * 32)
+    learner, changed = trained(given_settings, batches[:5]), trained(given_settings, batches[:5])
+    learner.step(batches[5])
+    batches[5].label[:] += 1000
+    changed.step(batches[5])
+    assert [p for *_, p in changed.read().newest[-32:]] == [p for *_, p in learner.read().newest[-32:]]
+
+
+def test_a_fresh_learner_is_healthy_until_it_is_worse_than_the_running_median() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, 40 * 32)
+    assert make_learner(given_settings).read().healthy
+    learner = trained(given_settings, batches)
+    assert learner.read().healthy
+    for answer in ("0", "1"):
+        metrics = learner.read().metrics
+        metrics["fading"][answer]["mae"] = metrics["fading"]["median"]["mae"] * 1.01
+        assert learner.read()._replace(metrics=metrics).healthy == (answer == "1")
+        metrics["fading"][answer]["mae"] = float("nan")
+        assert learner.read()._replace(metrics=metrics).healthy == (answer == "1")
+
+
+def test_the_balanced_loss_learns_the_rare_labels_better_than_squared_error_does() -> None:
+    batch = {"size": 64}
+    common = {"step_rows": 32, "replay_steps": 2, "replay_rows": 4096, "label_memory": 128, "lr": 5e-3}
+    found = {}
+    for loss in ("bmc", "mse"):
+        model = {"hidden": [24], "head": "mixture" if loss == "bmc" else "gaussian"}
+        given_settings = make_settings(batch=batch, learner={**common, "loss": loss}, model=model)
+        found[loss] = trained(given_settings, make_batches(given_settings, 4000)).read().metrics["whole"]
+    balanced = found["bmc"]["1"]["balanced_mae"]
+    assert balanced < 0.9 * found["mse"]["1"]["balanced_mae"]
+    assert balanced < 0.5 * found["bmc"]["median"]["balanced_mae"]
+    assert found["bmc"]["0"]["mae"] < 0.5 * found["bmc"]["median"]["mae"]
