@@ -122,9 +122,12 @@ class SnapshotStore:
         """
         path = self.folder(version) / MANIFEST_FILE
         try:
-            return Manifest.model_validate_json(path.read_bytes())
+            manifest = Manifest.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise SnapshotCorrupt(f"snapshot {version} has no valid manifest at {path}: {error}") from error
+        if manifest.version != version:
+            raise SnapshotCorrupt(f"{path} is the manifest of snapshot {manifest.version}: the folder was renamed")
+        return manifest
 
     def load(self, version: int, *, training: bool) -> Snapshot:
         """Reads and verifies a version.

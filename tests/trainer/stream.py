@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.batching import Batch, Batcher, Record
+from trainer.batching import Batch, Batcher, PartitionProgress, Record
 from trainer.config import Settings
 from trainer.learner import Learner
 from trainer.schema import FeatureSchema
+from trainer.snapshot import Manifest, Sample
 
 FEATURES = {"size": "numeric", "age": "numeric", "kind": "categorical"}
 CPU = torch.device("cpu")
@@ -64,3 +65,32 @@ def make_batches(settings: Settings, rows: int, seed: int = 0) -> list[Batch]:
     batcher = Batcher(make_schema(settings), settings.batch.size)
     found = list(batcher.add(as_records(values(rows, seed))))
     return [*found, batcher.flush()] if batcher.pending else found
+
+
+def make_manifest(settings: Settings, **changes: Any) -> Manifest:
+    """A manifest of no particular training."""
+    fields: dict[str, Any] = {
+        "version": 0,
+        "created_s": 0.0,
+        "step": 3,
+        "samples": 96,
+        "cluster_id": "cluster",
+        "topic": settings.kafka.topic,
+        "topic_id": None,
+        "partitions": {0: PartitionProgress(next_offset=96, trained=96)},
+        "lag_records": None,
+        "newest_append_s": 0.0,
+        "task": settings.task,
+        "record_schema": settings.record_schema.model_dump(mode="json"),
+        "model": settings.model.model_dump(mode="json"),
+        "learner": settings.learner.model_dump(mode="json"),
+        "healthy": True,
+        "train_loss": 0.5,
+        "noise_sigma": 0.3,
+        "noise_sigma_label_units": 3.0,
+        "samples_per_second": 100.0,
+        "nonfinite_steps": 0,
+        "metrics": {"whole": {"rows": 64.0}, "fading": {"rows": 64.0}},
+        "newest": [Sample(time_s=1.0, label=2.0, prediction=3.0)],
+    }
+    return Manifest(**{**fields, **changes})
