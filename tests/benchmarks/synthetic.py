@@ -1,0 +1,212 @@
+"""The synthetic benchmark of Balanced MSE: python -m tests.benchmarks.synthetic
+
+After Ren et al., CVPR 2022 (arXiv 2203.16427). One-dimensional labels from a normal or an exponential distribution on
+[0, 10], or two-dimensional normal ones; x = y - e with noise e ~ N(0, 1); a linear model trained by SGD, then tested on
+uniform labels without noise, where the right answer is y = x. The noise is drawn anew each epoch: drawn once, 1,024 rows
+of labels with sd .5 leave the slope uncertain by 1 / (.5 sqrt(1024)), a test MSE of .03 whatever the loss. All runs of a loss (label distributions x sigma modes x
+seeds) train side by side as one batch of tensors, with the gradients of the package's losses in closed form; before
+anything trains they are compared with the package's own.
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.losses import LabelHistogram, LabelMixture, bmc_loss, bni_loss, gai_loss
+
+SEEDS, ROWS, BATCH, EPOCHS = 5, 1024, 256, 2000
+LR, SIGMA_LR, MOMENTUM = 1e-3, 1e-2, 0.9
+NOISE, SIGMA_START, SIGMA_LEAST, SIGMA_MOST = 1.0, 0.5, 0.05, 2.0
+COMPONENTS, BINS = 8, 64
+RUNS_AT_ONCE = 4
+ONE_DIMENSIONAL = {
+    "N(5,0.5)": ("normal", 0.5),
+    "N(5,0.75)": ("normal", 0.75),
+    "N(5,1)": ("normal", 1.0),
+    "Exp(2)": ("exponential", 2.0),
+    "Exp(1.5)": ("exponential", 1.5),
+    "Exp(1)": ("exponential", 1.0),
+}
+TWO_DIMENSIONAL = "N2(0.5)"
+
+
+def draw_labels(labels: str, generator: torch.Generator) -> Tensor:
+    """(ROWS, D) labels; the one-dimensional ones are drawn again where they leave [0, 10]."""
+    if labels == TWO_DIMENSIONAL:
+        factor = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))
+        return torch.randn(ROWS, 2, generator=generator) @ factor.T
+    kind, parameter = ONE_DIMENSIONAL[labels]
+    if kind == "normal":
+        drawn = 5 + parameter * torch.randn(4 * ROWS, generator=generator)
+    else:
+        drawn = torch.empty(4 * ROWS).exponential_(parameter, generator=generator)
+    return drawn[(drawn >= 0) & (drawn <= 10)][:ROWS, None]
+
+
+def softmax_gradients(
+    pred: Tensor, target: Tensor, variance: Tensor, labels: Tensor, log_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """BMC's and BNI's for R runs: d loss / d pred (R, B, D) and the runs' mean d loss / d sigma (R,).
+
+    From pred and target (R, B, D), variance (R,), candidates (R, N, D), log weights (R, N).
+    """
+    # A few runs at a time, so that their matrices (B, N) stay in the cache.
+    few = zip(*(part.split(RUNS_AT_ONCE) for part in (pred, target, variance, labels, log_weights)), strict=True)
+    by_pred, by_sigma = zip(*(_softmax_gradients(*part) for part in few), strict=True)
+    return torch.cat(by_pred), torch.cat(by_sigma)
+
+
+def _softmax_gradients(
+    pred: Tensor, target: Tensor, variance: Tensor, labels: Tensor, log_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    v = variance[:, None, None]
+    # |p|^2 is the same for all candidates of a row, so the softmax needs only the rest of the square.
+    square = labels.square().sum(2)[:, None]
+    logits = log_weights[:, None] - square / (2 * v)
+    for p, y in zip(pred.unbind(2), labels.unbind(2), strict=True):
+        logits = torch.addcmul(logits, p[:, :, None] / v, y[:, None])
+    weight = logits.sub_(logits.amax(2, keepdim=True)).exp_()
+    total = weight.sum(2)
+    mean = torch.stack([(weight * y[:, None]).sum(2) / total for y in labels.unbind(2)], 2)
+    second = (weight * square).sum(2) / total
+    gap = pred.square().sum(2) - 2 * (pred * mean).sum(2) + second - (pred - target).square().sum(2)
+    return 2 * (mean - target), (2 * gap / variance.sqrt()[:, None]).mean(1)
+
+
+def gai_gradients(
+    pred: Tensor, target: Tensor, variance: Tensor, mixture: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same for GAI, D = 1; the mixture's log weights, means and variances are (R, K) each."""
+    log_weights, means, variances = (part[:, None] for part in mixture)
+    v = variance[:, None, None]
+    width, gap = variances + v, pred - means
+    share = torch.softmax(log_weights - 0.5 * width.log() - 0.5 * gap.square() / width, 2)
+    by_pred = 2 * v * ((pred - target) / v - (share * gap / width).sum(2, keepdim=True))
+    by_width = (share * (gap.square() / width - 1) / width).sum(2, keepdim=True)
+    sigma = v.sqrt()
+    by_sigma = 2 * v * (1 / sigma - (pred - target).square() / sigma**3 + sigma * by_width)
+    return by_pred, by_sigma.mean((1, 2))
+
+
+def train(loss: str, names: list[str], learned: list[bool]) -> dict[str, Tensor]:
+    """Train names x learned x SEEDS runs: their test error (names, learned, SEEDS) and last sigma."""
+    sets = [[draw_labels(name, torch.Generator().manual_seed(seed)) for seed in range(SEEDS)] for name in names]
+    dims = sets[0][0].shape[1]
+    # The same labels, noise, first weights and order of rows for every loss and sigma mode of a seed.
+    order = [(n, m, s) for n in range(len(names)) for m in range(len(learned)) for s in range(SEEDS)]
+    target = torch.stack([sets[n][s] for n, _, s in order])
+    seeds = torch.tensor([s for _, _, s in order])
+    weight, bias = [], []
+    for _, _, seed in order:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        start = (torch.rand(dims + 1, dims, generator=generator) * 2 - 1) / math.sqrt(dims)
+        weight.append(start[:dims])
+        bias.append(start[dims:])
+    parameters = [torch.stack(weight), torch.stack(bias)]  # (R, D, D) and (R, 1, D)
+    learns = torch.tensor([learned[m] for _, m, _ in order])
+    sigma = torch.where(learns, SIGMA_START, NOISE)
+    momenta = [torch.zeros_like(p) for p in (*parameters, sigma)]
+    histograms, mixtures, weights = [], [], []
+    for labels in target[..., 0]:
+        histogram, mixture = LabelHistogram(BINS, decay=1.0), LabelMixture(COMPONENTS)
+        histogram.observe(labels)
+        for _ in range(30 if loss == "gai" else 0):
+            for part in labels.split(BATCH):
+                mixture.observe(part)
+        histograms.append((histogram.centres(), histogram.log_weights()))
+        mixtures.append(mixture.parameters_of_mixture())
+        inverse = 1 / histogram.mass[histogram.index(labels)]
+        weights.append((inverse / inverse.mean()).float())
+    centres, log_shares = (torch.stack(part).float() for part in zip(*histograms, strict=True))
+    gaussians = tuple(torch.stack(part).float() for part in zip(*mixtures, strict=True))
+    row_weights = torch.stack(weights)[..., None]
+
+    shuffle = torch.Generator().manual_seed(7)
+    for epoch in range(EPOCHS):
+        x = target - NOISE * torch.randn(SEEDS, ROWS, dims, generator=shuffle)[seeds]
+        cosine = 0.5 * (1 + math.cos(math.pi * epoch / EPOCHS))
+        for rows in torch.randperm(ROWS, generator=shuffle).split(BATCH):
+            part_x, part_y = x[:, rows], target[:, rows]
+            pred = part_x @ parameters[0] + parameters[1]
+            by_sigma = torch.zeros_like(sigma)
+            if loss == "mse":
+                by_pred = 2 * (pred - part_y)
+            elif loss == "reweighted":
+                by_pred = 2 * (pred - part_y) * row_weights[:, rows]
+            elif loss == "gai":
+                by_pred, by_sigma = gai_gradients(pred, part_y, sigma**2, gaussians)  # type: ignore[arg-type]
+            else:
+                labels, log_weights = (
+                    (part_y, torch.zeros_like(part_y[..., 0])) if loss == "bmc" else (centres[..., None], log_shares)
+                )
+                by_pred, by_sigma = softmax_gradients(pred, part_y, sigma**2, labels, log_weights)
+            grads = part_x.mT @ by_pred / BATCH, by_pred.mean(1, keepdim=True), by_sigma * learns
+            for value, momentum, grad, lr in zip((*parameters, sigma), momenta, grads, (LR, LR, SIGMA_LR), strict=True):
+                momentum.mul_(MOMENTUM).add_(grad)
+                value.sub_(momentum, alpha=lr * cosine)
+            sigma.clamp_(SIGMA_LEAST, SIGMA_MOST)
+
+    test = torch.linspace(-5, 5, 51) if dims == 2 else torch.linspace(0, 10, 1001)
+    grid = torch.cartesian_prod(test, test) if dims == 2 else test[:, None]
+    error = (grid @ parameters[0] + parameters[1] - grid).square().sum(2).mean(1)
+    shape = len(names), len(learned), SEEDS
+    return {"test_mse": error.view(shape), "sigma": sigma.view(shape)}
+
+
+def check_gradients() -> None:
+    """The closed forms above are the gradients of the package's losses."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randn(64, generator=generator) + 2
+    histogram, mixture = LabelHistogram(BINS), LabelMixture(COMPONENTS)
+    histogram.observe(labels)
+    mixture.observe(labels)
+    pred = (labels + 0.5).requires_grad_()
+    sigma = torch.tensor(0.7, requires_grad=True)
+    parts = [part.float()[None] for part in mixture.parameters_of_mixture()]
+    shares = histogram.centres().float()[None, :, None], histogram.log_weights().float()[None]
+    shaped = pred.detach()[None, :, None], labels[None, :, None], sigma.detach()[None] ** 2
+    for loss, closed in (
+        (bmc_loss(pred, labels, sigma), softmax_gradients(*shaped, labels[None, :, None], torch.zeros(1, 64))),
+        (bni_loss(pred, labels, sigma, histogram), softmax_gradients(*shaped, *shares)),
+        (gai_loss(pred, labels, sigma, mixture), gai_gradients(*shaped, tuple(parts))),  # type: ignore[arg-type]
+    ):
+        by_pred, by_sigma = torch.autograd.grad(loss, (pred, sigma))
+        torch.testing.assert_close(closed[0][0, :, 0] / 64, by_pred, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(closed[1][0], by_sigma, rtol=1e-3, atol=1e-4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--labels", nargs="*", choices=[*ONE_DIMENSIONAL, TWO_DIMENSIONAL], help="only these")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    check_gradients()
+    runs, began = [], time.perf_counter()
+    plans = [(list(ONE_DIMENSIONAL), loss) for loss in ("mse", "reweighted", "gai", "bni", "bmc")]
+    plans += [([TWO_DIMENSIONAL], loss) for loss in ("mse", "bmc")]
+    if arguments.labels:
+        plans = [([name for name in names if name in arguments.labels], loss) for names, loss in plans]
+    print(f"{'labels':<10} {'loss':<11} {'sigma':<8} {'test MSE':>9} {'sd':>8}   last sigma")
+    for names, loss in (plan for plan in plans if plan[0]):
+        modes = {"none": False} if loss in ("mse", "reweighted") else {"fixed": False, "learned": True}
+        result = train(loss, names, list(modes.values()))
+        for n, name in enumerate(names):
+            for m, mode in enumerate(modes):
+                error, sigma = result["test_mse"][n, m], result["sigma"][n, m].mean().item()
+                mean, sd = error.mean().item(), error.std().item()
+                runs.append({"labels": name, "loss": loss, "sigma": mode, "test_mse_mean": mean, "test_mse_sd": sd})
+                last = f"{sigma:.2f}" if mode != "none" else ""
+                print(f"{name:<10} {loss:<11} {mode:<8} {mean:9.4f} {sd:8.4f}   {last}", flush=True)
+    print(f"{time.perf_counter() - began:.0f} s")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
