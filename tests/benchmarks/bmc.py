@@ -1,8 +1,8 @@
 """Time, memory and accuracy of Balanced MSE beside the naive form, side by side: python -m tests.benchmarks.bmc
 
 Forward and backward, medians of alternating runs on one thread. Naive is the paper's code: the B x M matrix, a softmax
-over it, autograd. Errors are those of ours in float32 against float64 over up to 256 rows,
-|a - b| / (|b| + median |b|). Labels are lognormal; 1% of the predictions and of the labels lie 30 standard deviations off.
+over it, autograd. Errors are those of ours in float32 against float64 over 256 rows, |a - b| / (|b| + median |b|).
+Labels are lognormal; 1% of the predictions and of the labels lie 30 standard deviations off.
 """
 
 import argparse

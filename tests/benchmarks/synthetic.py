@@ -2,10 +2,13 @@
 
 After Ren et al., CVPR 2022 (arXiv 2203.16427). One-dimensional labels from a normal or an exponential distribution on
 [0, 10], or two-dimensional normal ones; x = y - e with noise e ~ N(0, 1); a linear model trained by SGD, then tested on
-uniform labels without noise, where the right answer is y = x. The noise is drawn anew each epoch: drawn once, 1,024 rows
-of labels with sd .5 leave the slope uncertain by 1 / (.5 sqrt(1024)), a test MSE of .03 whatever the loss. All runs of a loss (label distributions x sigma modes x
-seeds) train side by side as one batch of tensors, with the gradients of the package's losses in closed form; before
-anything trains they are compared with the package's own.
+uniform labels without noise, where the right answer is y = x.
+
+The noise is drawn anew each epoch: drawn once, 1,024 rows of labels with sd .5 leave the slope uncertain by
+1 / (.5 sqrt(1024)), a test MSE of .03 whatever the loss.
+
+All runs of a loss (label distributions x sigma modes x seeds) train side by side as one batch of tensors, with the
+gradients of the package's losses in closed form; before anything trains they are compared with the package's own.
 """
 
 import argparse
