@@ -8,11 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import structlog
+from torch import Tensor
 
 from trainer.batching import Batch, PartitionProgress, Progress, advance
 from trainer.config import Settings
 from trainer.dead_letter import DeadLetters
-from trainer.errors import PublishError, SnapshotMismatch
+from trainer.errors import PublishError, SnapshotError, SnapshotMismatch
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 from trainer.snapshot import Manifest, Sample, SnapshotStore, check_fits
@@ -61,6 +62,7 @@ class Checkpoint:
         self._next_s = 0.0
         self._next_reading_s = 0.0
         self._failing = ""
+        self._generation = 0
         self.progress: dict[int, PartitionProgress] = {}
         self.durable: Progress = {}
 
@@ -83,6 +85,7 @@ class Checkpoint:
                 f"snapshot {snapshot.manifest.version} is of another model than the configuration describes: {error}; "
                 "put the setting back, or give the new model its own store.url"
             ) from error
+        self._generation = snapshot.manifest.generation
         self.progress = dict(snapshot.manifest.partitions)
         self.durable = self.progress
         log.info("resumed", version=snapshot.manifest.version, samples=snapshot.manifest.samples)
@@ -102,8 +105,12 @@ class Checkpoint:
         if self._save is None and now >= self._next_s and self.progress != self.durable:
             self._start()
 
-    def close(self) -> None:
-        """Makes everything learned durable, as well as it can be, and stops the writer."""
+    def save(self) -> None:
+        """Makes everything learned durable, before the trainer stops.
+
+        Raises:
+            SnapshotError: it could not be; the last durable snapshot is what a next start goes on from.
+        """
         for _ in range(2):  # a save may be under way that lacks the newest batches
             if self._save is not None:
                 self._finish(self._save)
@@ -111,6 +118,13 @@ class Checkpoint:
                 self._start()
         if self._save is not None:
             self._finish(self._save)
+        if self.progress != self.durable:
+            raise SnapshotError(
+                f"what was learned since the last snapshot is lost, and will be repeated: {self._failing}"
+            )
+
+    def close(self) -> None:
+        """Waits for a save that is under way: until then the store must not be let go of."""
         self._writer.shutdown()
 
     def lag(self) -> dict[int, int]:
@@ -132,8 +146,17 @@ class Checkpoint:
             self._failed(str(error))
             return
         state, model = self._parts.learner.state_dict(), self._parts.learner.inference_state()
-        future = self._writer.submit(self._parts.store.write, self._manifest(), model, state)
+        future = self._writer.submit(self._write, self._manifest(), model, state)
         self._save = _Save(future, self.progress, began)
+
+    def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> Manifest:
+        """Writes a snapshot and removes those no longer kept; on the writer's thread."""
+        written = self._parts.store.write(manifest, model, state)
+        try:
+            self._parts.store.prune(time.time())
+        except (OSError, SnapshotError) as error:
+            log.warning("old snapshots are still there", reason=str(error))
+        return written
 
     def _finish(self, save: _Save) -> None:
         self._save = None
@@ -148,7 +171,6 @@ class Checkpoint:
         self.durable = save.progress
         self._parts.source.commit(save.progress)
         self._parts.metrics.saved(manifest.version, sum(f.bytes for f in manifest.files.values()), seconds)
-        self._parts.store.prune(time.time())
         if self._failing:
             self._failing = ""
             log.info("snapshots are written again", version=manifest.version)
@@ -187,4 +209,5 @@ class Checkpoint:
             nonfinite_steps=readings.nonfinite_steps,
             metrics=readings.metrics,
             newest=[Sample(time_s=t, label=y, prediction=p) for t, y, p in readings.newest],
+            generation=self._generation,
         )

@@ -18,7 +18,7 @@ FEATURES = {"size": "numeric", "age": "numeric", "kind": "categorical"}
 CPU = torch.device("cpu")
 
 
-def make_settings(store: Path | str = "./snapshots", **tables: Any) -> Settings:
+def make_settings(store: Path | str = "./snapshots", *, interval_s: float = 0.0, **tables: Any) -> Settings:
     """Small enough for a test to train in milliseconds; a table given is laid over its own."""
     base: dict[str, Any] = {
         "device": "cpu",
@@ -27,7 +27,7 @@ def make_settings(store: Path | str = "./snapshots", **tables: Any) -> Settings:
         "batch": {"size": 32},
         "learner": {"step_rows": 16, "replay_steps": 2, "replay_rows": 128, "label_memory": 24},
         "model": {"hidden": [12], "embedding": 3, "category_buckets": 16},
-        "store": {"url": str(store), "interval_s": 0.0},
+        "store": {"url": str(store), "interval_s": interval_s},
     }
     for name, table in tables.items():
         base[name] = {**base.get(name, {}), **table} if isinstance(table, dict) else table

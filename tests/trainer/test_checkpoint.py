@@ -1,0 +1,346 @@
+import itertools
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from tests.trainer.stream import make_batches, make_schema, make_settings, values
+from trainer.batching import Batch, Batcher, PartitionProgress, Progress, Record, Rejection
+from trainer.checkpoint import Checkpoint, Parts
+from trainer.config import Settings
+from trainer.errors import OffsetsLost, PublishError, SnapshotError, SnapshotMismatch
+from trainer.learner import Learner
+from trainer.loop import train
+from trainer.metrics import TrainerMetrics
+from trainer.snapshot import MODEL_FILE, SnapshotStore
+from trainer.source import FileSource
+
+ROWS = 6 * 32
+BAD = b'{"price": "dear"}'
+PATIENCE_S = 30.0
+
+
+class Letters:
+    """A place for rejected records that can be away."""
+
+    def __init__(self) -> None:
+        self.away = False
+        self.kept: list[Rejection] = []
+
+    def write(self, rejections: Sequence[Rejection]) -> None:
+        self.kept += rejections
+
+    def flush(self) -> None:
+        if self.away:
+            raise PublishError("the topic is away")
+
+
+class Source(FileSource):
+    """A file read a few records at a time, until it is told to stop or breaks; remembers what was committed."""
+
+    def __init__(self, path: Path, given: Settings, store: SnapshotStore) -> None:
+        super().__init__(path, make_schema(given))
+        self._store = store
+        self.stop = threading.Event()
+        self.polls_left = 10**9
+        self.error: Exception | None = None
+        self.committed: list[tuple[int, set[int]]] = []
+
+    def poll(self, max_records: int, timeout_s: float) -> list[Record]:
+        self.polls_left -= 1
+        if self.polls_left < 0:
+            if self.error is not None:
+                raise self.error
+            self.stop.set()
+            return []
+        return super().poll(10, timeout_s)
+
+    def commit(self, progress: Progress) -> None:
+        durable = {self._store.manifest(version).partitions[0].next_offset for version in self._store.versions()}
+        self.committed.append((progress[0].next_offset, durable))
+
+
+class Trainer:
+    """All parts of a trainer that reads a file, as a new process would make them."""
+
+    def __init__(self, given: Settings, path: Path) -> None:
+        self.settings = given
+        self.store = SnapshotStore(given.store.path)
+        self.source = Source(path, given, self.store)
+        self.learner = Learner(given, make_schema(given), torch.device("cpu"))
+        self.letters = Letters()
+        self.metrics = TrainerMetrics()
+        self.parts = Parts(self.source, self.learner, self.store, self.letters, self.metrics)  # type: ignore[arg-type]
+        self.checkpoint = Checkpoint(given, self.parts)
+
+    def run(self, polls: int = 10**9) -> None:
+        self.source.polls_left = polls
+        batcher = Batcher(make_schema(self.settings), self.settings.batch.size)
+        with self.store.lock():
+            self.checkpoint.restore()
+            train(self.parts, self.checkpoint, batcher, 600.0, self.source.stop)
+
+    def learn(self, batch: Batch) -> None:
+        self.learner.step(batch)
+        self.checkpoint.advance(batch)
+        self.checkpoint.tick()
+
+    def save(self) -> None:
+        """Ticks until what was learned is durable."""
+        until = time.monotonic() + PATIENCE_S
+        while self.checkpoint.durable != self.checkpoint.progress:
+            assert time.monotonic() < until, "it was never saved"
+            self.checkpoint.tick()
+            time.sleep(0.001)
+
+    def value(self, name: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"tailstream_{name}")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good records in full batches, and a bad one now and then."""
+    path = tmp_path_factory.mktemp("data") / "prices.jsonl"
+    lines = values(ROWS)
+    for at in (190, 100, 33, 0):
+        lines.insert(at, BAD)
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def assert_same(left: Trainer, right: Trainer) -> None:
+    assert left.checkpoint.progress == right.checkpoint.progress
+    state, other = left.learner.state_dict(), right.learner.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name].nan_to_num(7e7), other[name].nan_to_num(7e7)) for name in state)
+
+
+def test_a_trainer_stopped_anywhere_ends_where_an_uninterrupted_one_does(
+    file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = Trainer(make_settings(tmp_path_factory.mktemp("store")), file)
+    whole.run()
+    part = whole.checkpoint.progress[0]
+    assert (part.trained, part.rejected, part.next_offset) == (ROWS, 4, ROWS + 4)
+    offsets = [n for n in range(ROWS + 4) if n not in (0, 34, 102, 193)]
+    assert (part.offset_sum, part.offset_square_sum) == (sum(offsets), sum(n * n for n in offsets))
+
+    @given(st.lists(st.integers(0, 12), min_size=1, max_size=3))
+    @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+    def stopped_after(polls: list[int]) -> None:
+        given_settings = make_settings(tmp_path_factory.mktemp("store"))
+        for count in polls:
+            Trainer(given_settings, file).run(count)
+        last = Trainer(given_settings, file)
+        last.run()
+        assert_same(last, whole)
+        newest, faults = last.store.newest(training=True)
+        assert newest is not None
+        assert faults == []
+        assert newest.manifest.partitions == whole.checkpoint.progress
+
+    stopped_after()
+
+
+def test_a_snapshot_torn_by_a_crash_is_passed_over_and_its_records_are_learned_again(
+    file: Path, tmp_path: Path
+) -> None:
+    whole = Trainer(make_settings(tmp_path / "whole"), file)
+    whole.run()
+    given_settings = make_settings(tmp_path / "torn")
+    for polls in (5, 5):
+        Trainer(given_settings, file).run(polls)
+    store = SnapshotStore(given_settings.store.path)
+    assert len(store.versions()) >= 2
+    (store.folder(store.versions()[-1]) / MODEL_FILE).write_bytes(b"torn")
+    last = Trainer(given_settings, file)
+    with capture_logs() as logs:
+        last.run()
+    assert_same(last, whole)
+    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["a snapshot is passed over"]
+
+
+def test_offsets_are_committed_only_once_their_snapshot_is_there(file: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path), file)
+    trainer.run()
+    assert trainer.source.committed
+    assert trainer.source.committed[-1][0] == ROWS + 4
+    for next_offset, covered in trainer.source.committed:
+        assert next_offset in covered
+
+
+def test_no_snapshot_covers_rejected_records_that_are_not_acknowledged(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.checkpoint.RETRY_S", 0.0)
+    trainer = Trainer(make_settings(tmp_path), file)
+    batches = make_batches(trainer.settings, ROWS)
+    trainer.letters.away = True
+    with capture_logs() as logs:
+        for batch in batches[:3]:
+            trainer.learn(batch)
+    assert trainer.store.versions() == []
+    assert trainer.source.committed == []
+    assert [line["event"][:11] for line in logs] == ["no snapshot"]
+    trainer.letters.away = False
+    trainer.save()
+    assert trainer.store.manifest(1).samples == 3 * 32
+    trainer.checkpoint.close()
+
+
+def test_a_store_that_cannot_be_written_to_is_said_once_and_counted_while_training_goes_on(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.checkpoint.RETRY_S", 0.0)
+    trainer = Trainer(make_settings(tmp_path / "store"), file)
+    trainer.store.path.mkdir()
+    batches = make_batches(trainer.settings, ROWS)
+    trainer.learn(batches[0])
+    trainer.save()
+    durable = trainer.checkpoint.durable
+    with capture_logs() as logs:
+        trainer.store.path.rename(tmp_path / "aside")
+        trainer.store.path.write_text("a file where the folder was")
+        until = time.monotonic() + PATIENCE_S
+        trainer.learn(batches[1])
+        while (trainer.value("snapshot_failures_total") or 0) < 3:
+            assert time.monotonic() < until
+            trainer.checkpoint.tick()
+        trainer.learn(batches[2])
+        assert trainer.learner.samples == 3 * 32
+        assert trainer.checkpoint.durable == durable
+        trainer.store.path.unlink()
+        (tmp_path / "aside").rename(trainer.store.path)
+        trainer.save()
+    events = [line["event"] for line in logs]
+    assert sum(event.startswith("no snapshot") for event in events) == 1
+    assert events[-1] == "snapshots are written again"
+    newest, faults = trainer.store.newest(training=True)
+    assert newest is not None
+    assert (newest.manifest.samples, faults) == (3 * 32, [])
+    trainer.checkpoint.close()
+
+
+def test_a_store_that_cannot_be_cleared_of_old_snapshots_still_takes_new_ones(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(make_settings(tmp_path), file)
+
+    def refused(now_s: float) -> list[int]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(trainer.store, "prune", refused)
+    with capture_logs() as logs:
+        trainer.run()
+    assert trainer.store.newest(training=True)[0] is not None
+    assert trainer.value("snapshot_failures_total") == 0
+    assert "Permission denied" in str(logs)
+
+
+def test_a_stop_that_cannot_save_is_an_error_and_not_a_clean_end(tmp_path: Path, file: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path / "store"), file)
+    trainer.store.path.mkdir()
+    first, second = make_batches(trainer.settings, 64)
+    trainer.learn(first)
+    trainer.save()
+    shutil.rmtree(trainer.store.path)
+    trainer.learn(second)
+    with pytest.raises(SnapshotError, match="No such file or directory"):
+        trainer.checkpoint.save()
+    trainer.checkpoint.close()
+
+
+def test_when_the_source_fails_the_save_under_way_is_finished_before_the_store_is_let_go(
+    tmp_path: Path, file: Path
+) -> None:
+    trainer = Trainer(make_settings(tmp_path), file)
+    trainer.source.error = OffsetsLost("gone")
+    with pytest.raises(OffsetsLost, match="gone"):
+        trainer.run(polls=9)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("snapshot")]
+    assert list(tmp_path.glob(".tmp-*")) == []
+    newest, faults = trainer.store.newest(training=True)
+    assert newest is not None
+    assert faults == []
+
+
+class Clock:
+    """Time that passes when told to, in place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time(self) -> float:
+        return 1.8e9 + self.now_s
+
+
+@pytest.mark.parametrize(
+    ("interval_s", "writing_s", "apart_s"), [(0.5, 0.001, 0.5), (0.5, 2.0, 40.0), (60.0, 2.0, 60.0)]
+)
+def test_saves_are_so_far_apart_that_they_take_a_twentieth_of_the_time(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, interval_s: float, writing_s: float, apart_s: float
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("trainer.checkpoint.time", clock)
+    trainer = Trainer(make_settings(tmp_path, interval_s=interval_s), file)
+    began: list[float] = []
+    real = trainer.store.write
+
+    def slow(*args: object) -> object:
+        began.append(clock.now_s)
+        clock.now_s += writing_s
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trainer.store, "write", slow)
+    rows = np.empty((0, 2), np.float32), np.empty((0, 1), np.int64), np.empty(0), np.empty(0)
+    for number in range(100):  # always something to save
+        trainer.checkpoint.advance(Batch(*rows, {0: PartitionProgress(next_offset=number)}))
+        trainer.checkpoint.tick()
+        finish(trainer)
+        clock.now_s += apart_s / 20
+    trainer.checkpoint.close()
+    gaps = [later - earlier for earlier, later in itertools.pairwise(began)]
+    assert len(gaps) >= 3
+    assert min(gaps) >= apart_s - 1e-9
+    assert max(gaps) <= 2 * apart_s + writing_s
+
+
+def finish(trainer: Trainer) -> None:
+    """Waits for a save under way, as the disk does, and lets the checkpoint know."""
+    if trainer.checkpoint._save is not None:
+        trainer.checkpoint._save.future.result()
+        trainer.checkpoint.tick()
+
+
+def test_a_store_of_another_model_is_refused_before_anything_is_learned(tmp_path: Path, file: Path) -> None:
+    Trainer(make_settings(tmp_path), file).run(5)
+    for change in ({"model": {"hidden": [13]}}, {"learner": {"loss": "nll"}}):
+        other = Trainer(make_settings(tmp_path, **change), file)
+        with pytest.raises(SnapshotMismatch, match=f"{next(iter(change))}."):
+            other.run()
+        assert other.learner.samples == 0
+
+
+def test_the_manifest_says_what_was_trained_and_how_it_went(tmp_path: Path, file: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path), file)
+    trainer.run()
+    newest, _ = trainer.store.newest(training=False)
+    assert newest is not None
+    manifest = newest.manifest
+    assert (manifest.samples, manifest.step) == (ROWS, trainer.learner.steps)
+    assert manifest.topic == str(file)
+    assert manifest.metrics["whole"]["rows"] == ROWS - 32
+    assert (manifest.lag_records, manifest.nonfinite_steps) == (None, 0)
+    assert len(manifest.newest) == 100
+    assert [rejection.record.offset for rejection in trainer.letters.kept] == [0, 34, 102, 193]
