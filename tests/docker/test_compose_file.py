@@ -89,7 +89,7 @@ def test_our_images_carry_our_version() -> None:
 def test_the_base_image_is_pinned_and_the_user_has_a_number() -> None:
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
     assert re.search(r"^ARG PYTHON=3\.\d+-slim-\w+$", dockerfile, re.MULTILINE)
-    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"python:${PYTHON}", "runtime"}
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) == {"python:${PYTHON}", "dependencies", "runtime"}
     assert re.search(r"^USER \d+:\d+$", dockerfile, re.MULTILINE)
     assert "RUN --mount" not in dockerfile, "the classic builder has no such mounts"
 
