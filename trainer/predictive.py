@@ -218,8 +218,11 @@ def _masses(components: Components, grid: LabelGrid, learned_prior: LearnedPrior
         _write_mixture(parameters[:, rows], centres, log_tilt, term, out=mass[rows])
     total = mass.sum(1)
     lost = ~((total > _RELIABLE_TOTAL) & (total < math.inf))
+    marginal = _log_marginal(grid, balance)
+    if mass.device.type != "cpu":  # which is not waited for, and has the time
+        return torch.where(lost[:, None], _careful_masses(parameters, centres, log_tilt, marginal), mass)
     if bool(lost.any()):
-        mass[lost] = _careful_masses(parameters[:, lost], centres, log_tilt, _log_marginal(grid, balance))
+        mass[lost] = _careful_masses(parameters[:, lost], centres, log_tilt, marginal)
     return mass
 
 
@@ -248,7 +251,7 @@ def _write_mixture(parameters: Tensor, centres: Tensor, log_tilt: Tensor, term: 
 
 
 def _careful_masses(parameters: Tensor, centres: Tensor, log_tilt: Tensor, log_marginal: Tensor) -> Tensor:
-    """Return what `_mixture` does, its largest 1, in logs and float64; the marginal where that is not finite either."""
+    """Return what `_write_mixture` writes, its largest 1, in logs and float64; the marginal where that is not finite either."""
     log_heights, means, inverse = parameters.double().unsqueeze(3)  # (R, K, 1) each
     offsets = (centres.double() - means) * inverse
     logs = torch.logsumexp(log_heights - offsets**2, 1) + log_tilt.double()
