@@ -45,7 +45,7 @@ def flights() -> "pd.DataFrame":
     rows["sched_minute"] = rows["hour"] * 60 + rows["minute"]
     arrival_minute = rows["sched_arr_time"] // 100 * 60 + rows["sched_arr_time"] % 100
     rows["block_minutes"] = (arrival_minute - rows["sched_minute"]) % 1440
-    rows["yearday"] = date.dt.dayofyear
+    rows["yearday"] = date.dt.day_of_year
     rows["flight_id"] = (
         date.dt.strftime("%Y%m%d-") + rows["carrier"] + rows["flight"].astype(str) + "-" + rows["origin"]
     )
@@ -96,12 +96,19 @@ def records(frame: "pd.DataFrame") -> Iterator[dict[str, Any]]:
 
 
 def write_jsonl(frame: "pd.DataFrame", path: Path) -> int:
-    """Writes a table as JSON lines; returns how many."""
+    """Writes a table as JSON lines; returns how many.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     count = 0
-    with path.open("w") as file:
-        for record in records(frame):
-            file.write(json.dumps(record) + "\n")
-            count += 1
+    try:
+        with path.open("w") as file:
+            for record in records(frame):
+                file.write(json.dumps(record) + "\n")
+                count += 1
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
     return count
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_values(path: Path, schema: FeatureSchema) -> Iterator[bytes]:
                     value = line.rstrip("\r\n")
                     if value:
                         yield value.encode("utf-8", "surrogateescape")
-        except (OSError, EOFError, csv.Error) as error:
+        except (OSError, EOFError, zlib.error, csv.Error) as error:
             raise ConfigError(f"{path} cannot be read to its end: {error}") from error
 
 
@@ -60,4 +61,4 @@ def _open_text(path: Path, stack: ExitStack) -> IO[str]:
             raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     if path.suffix == ".gz":
         binary = cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=binary, mode="rb")))
-    return io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="")
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")

@@ -1,45 +1,87 @@
-"""Log lines: one form for our own events and for other packages' records, on stderr."""
-
 import json
-import subprocess
+import logging
 import sys
+from collections.abc import Callable, Iterator
 
-PROGRAM = """
-import logging, sys
+import pytest
 import structlog
-from trainer.log import configure_logging
-configure_logging(sys.argv[1])
-own = structlog.stdlib.get_logger("trainer.loop")
-own.debug("hidden")
-own.info("trained", partition=3, offset=17)
-logging.getLogger("uvicorn.error").info("hidden")
-logging.getLogger("kafka.conn").warning("lost %s", "broker")
-try:
-    1 / 0
-except ZeroDivisionError:
-    own.exception("failed")
-"""
+
+from trainer.log import LogFormat, configure_logging
 
 
-def lines(log_format: str) -> list[str]:
-    run = subprocess.run([sys.executable, "-c", PROGRAM, log_format], capture_output=True, text=True, check=True)
-    assert not run.stdout
-    assert "hidden" not in run.stderr
-    return run.stderr.splitlines()
+@pytest.fixture(autouse=True)
+def _logging_is_put_back() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    own = {name: logging.getLogger(name).level for name in ("trainer", "service")}
+    yield
+    structlog.reset_defaults()
+    root.handlers[:], root.level = handlers, level
+    for name, before in own.items():
+        logging.getLogger(name).setLevel(before)
 
 
-def test_json_is_one_object_a_line() -> None:
-    for log_format in ("json", "auto"):  # no terminal reads it here
-        trained, lost, failed = map(json.loads, lines(log_format))
-        assert (trained["event"], trained["partition"], trained["offset"]) == ("trained", 3, 17)
-        assert (trained["level"], trained["logger"]) == ("info", "trainer.loop")
-        assert trained["timestamp"].endswith("Z")
-        assert (lost["event"], lost["level"], lost["logger"]) == ("lost broker", "warning", "kafka.conn")
-        assert failed["exception"][0]["exc_type"] == "ZeroDivisionError"
+@pytest.fixture
+def lines(capsys: pytest.CaptureFixture[str]) -> Callable[[], list[str]]:
+    """What was written to stderr; nothing may be on stdout, which is for what commands answer."""
+
+    def read() -> list[str]:
+        out, err = capsys.readouterr()
+        assert out == ""
+        return [line for line in err.splitlines() if line]
+
+    return read
 
 
-def test_console_is_for_people() -> None:
-    first = lines("console")[0]
-    assert "trained" in first
-    assert "partition=3" in first
-    assert "\x1b" not in first  # no colours where no terminal reads
+def test_an_event_is_one_line_of_json_with_its_facts_as_keys(lines: Callable[[], list[str]]) -> None:
+    configure_logging("json")
+    structlog.get_logger("trainer.loop").info("resumed", version=7, samples=96, path="a b\nc")
+    (line,) = lines()
+    event = json.loads(line)
+    assert (event["event"], event["version"], event["samples"], event["path"]) == ("resumed", 7, 96, "a b\nc")
+    assert (event["level"], event["logger"]) == ("info", "trainer.loop")
+    assert event["timestamp"].endswith("Z")
+
+
+def test_what_other_packages_log_has_the_same_form_from_warning_on(lines: Callable[[], list[str]]) -> None:
+    configure_logging("json")
+    logging.getLogger("kafka.client").info("nobody asked")
+    logging.getLogger("uvicorn.error").warning("%s is away", "it", extra={"partition": 3})
+    logging.getLogger("trainer.loop").info("own")
+    logging.getLogger("service.app").debug("too fine")
+    events = [json.loads(line) for line in lines()]
+    assert [(event["event"], event["level"]) for event in events] == [("it is away", "warning"), ("own", "info")]
+    assert (events[0]["logger"], events[0]["partition"]) == ("uvicorn.error", 3)
+
+
+def test_an_exception_stays_on_its_line(lines: Callable[[], list[str]]) -> None:
+    configure_logging("json")
+    try:
+        raise KeyError("offset")
+    except KeyError:
+        structlog.get_logger("trainer").exception("stopped")
+    (line,) = lines()
+    assert json.loads(line)["exception"][0]["exc_type"] == "KeyError"
+
+
+@pytest.mark.parametrize(
+    ("format", "terminal", "json_"),
+    [("auto", False, True), ("auto", True, False), ("console", False, False), ("json", True, True)],
+)
+def test_the_form_is_for_whoever_reads_it(
+    format: LogFormat, terminal: bool, json_: bool, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    configure_logging(format)
+    structlog.get_logger("trainer").info("resumed", version=7)
+    (line,) = lines()
+    assert line.startswith("{") == json_
+    assert "resumed" in line
+    assert ("\x1b[" in line) == (terminal and not json_)
+
+
+def test_configuring_twice_does_not_say_everything_twice(lines: Callable[[], list[str]]) -> None:
+    configure_logging("json")
+    configure_logging("json")
+    structlog.get_logger("trainer").info("once")
+    assert len(lines()) == 1
