@@ -52,8 +52,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20_000, help="flights to publish")
     parser.add_argument(
         "--pull",
-        default=os.environ.get("TEST_COMPOSE_PULL") or None,
-        help="as `docker compose up --pull` takes it; default: TEST_COMPOSE_PULL, or what Compose does",
+        default=os.environ.get("TAILSTREAM_COMPOSE_PULL") or None,
+        help="as `docker compose up --pull` takes it; default: TAILSTREAM_COMPOSE_PULL, or what Compose does",
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
