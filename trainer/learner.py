@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.batching import Batch
 from trainer.config import Settings
+from trainer.flat_weights import FlatWeights
 from trainer.heads import MixtureHead
 from trainer.label_density import LabelDensity, LabelGrid
 from trainer.losses import (
@@ -27,7 +28,7 @@ from trainer.losses import (
     l1_loss,
     mse_loss,
 )
-from trainer.model import build_model, inference_state, learned_prior, prefixed, unprefixed
+from trainer.model import Model, build_model, inference_state, learned_prior, prefixed, unprefixed
 from trainer.predictive import Components, log_score, predict
 from trainer.prequential import PrequentialMetrics
 from trainer.replay import ReplayBuffer
@@ -93,12 +94,11 @@ class Learner:
             self.model = build_model(schema, settings.model, learner).to(device)
         self.averaged = copy.deepcopy(self.model)
         self.averaged.features, self.averaged.labels = self.model.features, self.model.labels
-        sigma = self.model.head.sigma_parameters()
-        self._weights = [p for p in self.model.parameters() if not any(p is q for q in sigma)]
-        self._averaged_weights = list(self.averaged.parameters())
-        groups: list[dict[str, Any]] = [{"params": self._weights}]
-        if sigma:
-            groups.append({"params": sigma, "lr": learner.sigma_lr})
+        self._weights, self._averaged_weights = _flat(self.model), _flat(self.averaged)
+        self._sigma = self.model.head.sigma_parameters()
+        groups: list[dict[str, Any]] = [{"params": [self._weights.vector]}]
+        if self._sigma:
+            groups.append({"params": self._sigma, "lr": learner.sigma_lr})
         self._skips_on_device = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(groups, lr=learner.lr, fused=self._skips_on_device)
         self.replay = ReplayBuffer(learner.replay_rows, len(schema.numeric_columns), len(schema.buckets), device)
@@ -191,14 +191,16 @@ class Learner:
         self._own[slots] = False
         rows = torch.from_numpy(slots).to(self._device, non_blocking=True)
         others = torch.from_numpy(memory).to(self._device, non_blocking=True)
-        scale = self.model.labels.standardise
-        target = scale(self.replay.label[rows])
+        label = self.replay.label[torch.cat([rows, others])]
+        target, memory_labels = self.model.labels.standardise(label).tensor_split([len(rows)])
 
         mixture = self.model(self.replay.numeric[rows], self.replay.categorical[rows])
-        loss = self._loss_of(mixture, target, scale(self.replay.label[others]), self.replay.label[rows])
-        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss_of(mixture, target, memory_labels, label[: len(rows)])
+        self._weights.zero_grad()
+        for sigma in self._sigma:
+            sigma.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, self._settings.gradient_clip)
+        norm = self._weights.clip(self._settings.gradient_clip)
         nonfinite = (~(norm.isfinite() & loss.detach().isfinite())).float()
         if self._skips_on_device:
             self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # where it is 1 the fused step does nothing
@@ -208,7 +210,8 @@ class Learner:
         with torch.no_grad():
             self._nonfinite += nonfinite
             kept = min(self._settings.weight_averaging, (1 + self.steps) / (AVERAGING_WARM_UP + self.steps))
-            for slow, fast in zip(self._averaged_weights, self.model.parameters(), strict=True):
+            self._averaged_weights.follow(self._weights, 1 - kept)
+            for slow, fast in zip(self.averaged.head.sigma_parameters(), self._sigma, strict=True):
                 slow.lerp_(fast, 1 - kept)
             loss = torch.where(self._loss.isnan(), loss, self._loss.lerp(loss, LOSS_WEIGHT))
             self._loss = torch.where(nonfinite > 0, self._loss, loss)
@@ -325,6 +328,12 @@ class Learner:
         self._scores.copy_(learner["scores"])
         self._loss = learner["loss"].to(self._device)
         self._nonfinite.copy_(learner["nonfinite"])
+
+
+def _flat(model: Model) -> FlatWeights:
+    """All parameters of a model but sigma, which has a learning rate of its own."""
+    sigma = model.head.sigma_parameters()
+    return FlatWeights([p for p in model.parameters() if not any(p is s for s in sigma)])
 
 
 def _label_model(loss: str) -> LabelMixture | LabelHistogram | torch.nn.Module:

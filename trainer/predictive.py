@@ -251,7 +251,7 @@ def _write_mixture(parameters: Tensor, centres: Tensor, log_tilt: Tensor, term: 
 
 
 def _careful_masses(parameters: Tensor, centres: Tensor, log_tilt: Tensor, log_marginal: Tensor) -> Tensor:
-    """Return what `_write_mixture` writes, its largest 1, in logs and float64; the marginal where that is not finite either."""
+    """Return what `_write_mixture` writes, by logs in float64, its largest 1; the marginal where not finite."""
     log_heights, means, inverse = parameters.double().unsqueeze(3)  # (R, K, 1) each
     offsets = (centres.double() - means) * inverse
     logs = torch.logsumexp(log_heights - offsets**2, 1) + log_tilt.double()

@@ -241,7 +241,6 @@ def test_every_fresh_row_is_trained_on_once_before_replay(monkeypatch: pytest.Mo
         np.testing.assert_allclose(fresh, batch.label, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.xfail(raises=RuntimeError, reason="trainer.predictive asks the device whether a row needs more precision")
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "buffer" not in v])
 def test_a_step_waits_for_the_device_nowhere(variant: str) -> None:
     """On the `meta` device a tensor has no values: whoever asks for one, or leaves one on the CPU, fails."""
