@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
 import numpy as np
@@ -80,7 +81,8 @@ def advance(progress: Progress, delta: Progress) -> dict[int, PartitionProgress]
     return result
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Batch:
     """Rows to learn from, with everything that was consumed on the way to them."""
 
     numeric: NDArray[np.float32]  # (B, F), NaN where missing

@@ -6,6 +6,7 @@ A key `[kafka] topic` is overridden by `TAILSTREAM_KAFKA__TOPIC`. Lists may be g
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -22,6 +23,9 @@ from trainer.errors import ConfigError
 
 ENV_PREFIX: Final = "TAILSTREAM_"
 ENV_OF_THE_TESTS: Final = ("TAILSTREAM_TEST_", "TAILSTREAM_COMPOSE_")  # not settings; all others must be
+
+# Kubernetes puts such variables into every container beside a Service whose name begins with `tailstream`.
+KUBERNETES_LINK: Final = re.compile(r"(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT(_\d+_(TCP|UDP)(_\w+)?)?)$")
 
 FeatureKind = Literal["numeric", "categorical", "boolean", "vector", "timestamp"]
 
@@ -326,8 +330,12 @@ class Settings(BaseSettings):
         return env_settings, init_settings
 
 
-def load(path: Path) -> Settings:
+def load(path: Path, changes: Mapping[str, Any] | None = None) -> Settings:
     """Reads the configuration file, with the environment laid over it.
+
+    Args:
+        path: the TOML file.
+        changes: values by dotted key, in place of the file's.
 
     Raises:
         ConfigError: the file is absent, is not TOML, or a key is missing, unknown or has an unusable value.
@@ -338,6 +346,12 @@ def load(path: Path) -> Settings:
         raise ConfigError(f"there is no configuration file {path}; see the README for one to start from") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from error
+    for key, value in (changes or {}).items():
+        *parents, name = key.split(".")
+        table = tables
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[name] = value
     problems = _unknown_variables()
     try:
         settings = Settings(**tables)
@@ -371,7 +385,9 @@ def _unknown_variables() -> list[str]:
     return [
         f"{key.replace('__', '.')}: unknown key, from the environment's {name}"
         for name in sorted(os.environ)
-        if name.upper().startswith(ENV_PREFIX) and not name.upper().startswith(ENV_OF_THE_TESTS)
+        if name.upper().startswith(ENV_PREFIX)
+        and not name.upper().startswith(ENV_OF_THE_TESTS)
+        and not ("__" not in name and KUBERNETES_LINK.search(name))
         for key in [name[len(ENV_PREFIX) :].lower()]
         if key.partition("__")[0] not in known
     ]

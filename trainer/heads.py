@@ -111,7 +111,8 @@ class MixtureHead(nn.Module):
     @torch.no_grad()
     def observe(self, mixture: Mixture, target: Tensor) -> None:
         """Takes the standard deviations of predictions into their running mean."""
-        self.spread.lerp_(mixture.spread().mean(), 1 - SPREAD_DECAY)
+        spread = mixture.spread().nanmean()
+        self.spread.copy_(torch.where(spread.isfinite(), self.spread.lerp(spread, 1 - SPREAD_DECAY), self.spread))
 
     def begin(self, ratio: Tensor) -> None:
         """The first label scaling: nothing of the head is in label units."""

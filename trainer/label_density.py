@@ -332,7 +332,7 @@ def _centre_and_sd(values: Tensor, weights: Tensor, recent: Tensor, resolution: 
                 return sample.quantile(0.5), max(sample.sd(_WINSOR_SPREADS * spread), rounding)
     centre, sd = counted.quantile(0.5), counted.sd(math.inf)
     # All equal: any unit will do until a second value comes.
-    return centre, sd if sd > rounding else 1e-3 * max(abs(centre), 1.0)
+    return centre, sd if sd > max(resolution, rounding) else 1e-3 * max(abs(centre), 1.0)
 
 
 class _Sample:

@@ -30,7 +30,7 @@ from trainer.losses import (
 )
 from trainer.model import Model, build_model, inference_state, learned_prior, prefixed, unprefixed
 from trainer.predictive import Components, log_score, predict
-from trainer.prequential import PrequentialMetrics
+from trainer.prequential import MEDIAN, PrequentialMetrics
 from trainer.replay import ReplayBuffer
 from trainer.schema import FeatureSchema
 
@@ -40,6 +40,8 @@ GRID_EVERY: Final = 4  # batches between refreshes of the label density that ans
 GRID_SETTLED: Final = 24  # batches
 SCORE_DECAY: Final = 0.9  # of the log scores by which the averaged or the current weights are chosen, per batch
 SCORE_FLOOR: Final = -20.0  # natural logs per label standard deviation; one surprise must not decide for long
+HEALTHY_RATIO: Final = 1.05  # largest error beside that of the running median
+HEALTHY_SDS: Final = 1e-3  # of the noise, added to that: where all labels are equal the median is never wrong
 LOSS_WEIGHT: Final = 0.01  # of one step in the fading training loss
 AVERAGING_WARM_UP: Final = 10  # steps
 NEWEST_SAMPLES: Final = 100
@@ -54,6 +56,15 @@ class Newest(NamedTuple):
     prediction: Tensor
 
 
+class StepResult(NamedTuple):
+    """What was predicted for B rows before they were learned from."""
+
+    components: Components  # the head's density, of the weights that answer
+    grid: LabelGrid
+    log_score: Tensor  # (B,) at balance 0, natural logs per label unit
+    covered: Tensor  # (B,) bool, whether the label lay in its interval at balance 0
+
+
 class Readings(NamedTuple):
     """What `Learner.read` fetched off the device."""
 
@@ -66,12 +77,15 @@ class Readings(NamedTuple):
 
     @property
     def healthy(self) -> bool:
-        """Whether the fading error at the stream's own prior is finite and no worse than the running median's."""
+        """Whether the fading error at the stream's own prior is finite and not clearly worse than the median's."""
         fading = self.metrics["fading"]
         if "0" not in fading:
             return self.nonfinite_steps == 0
-        model, median = fading["0"]["mae"], fading["median"]["mae"]
-        return model is not None and bool(np.isfinite(model)) and model <= median
+        model, median = fading["0"]["mae"], fading[MEDIAN]["mae"]
+        if model is None or not np.isfinite(model):
+            return False
+        # Where nothing can be learned a sound model is a little worse than the median, and that for ever.
+        return bool(model <= HEALTHY_RATIO * median + HEALTHY_SDS * self.noise_sigma_label_units)
 
 
 class Learner:
@@ -88,6 +102,7 @@ class Learner:
         learner = settings.learner
         self._settings = learner
         self._device = device
+        self._seed = settings.seed
         self._prior = learned_prior(learner.loss)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -108,38 +123,44 @@ class Learner:
         self.steps = self.samples = self._batches = 0
         self._random = np.random.default_rng(settings.seed)
         self._own = np.zeros(learner.replay_rows, dtype=bool)
-        self._grid = LabelGrid.empty()
+        self._grid, self._median = LabelGrid.empty(), 0.0
         self._scores = torch.zeros(2, dtype=torch.float64, device=device)  # of the current and the averaged weights
         self._loss = torch.full((), torch.nan, device=device)
         self._nonfinite = torch.zeros((), device=device)
         self._newest: deque[Newest] = deque(maxlen=NEWEST_SAMPLES)
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch) -> StepResult | None:
         """Predicts a batch, takes it into all statistics, learns from it, and replays older rows.
 
         Nothing here waits for the device. A step whose loss or gradient is not finite leaves weights and optimiser as
         they were and is counted.
+
+        Returns:
+            What was predicted before the batch was learned from; None for a batch without rows and for the first one.
         """
         if not len(batch):
-            return
+            return None
         numeric = torch.from_numpy(batch.numeric).to(self._device, non_blocking=True)
         categorical = torch.from_numpy(batch.categorical).to(self._device, non_blocking=True)
         label = torch.from_numpy(batch.label).to(self._device, non_blocking=True)
-        if self._batches:
-            self._test(batch, numeric, categorical, label)
+        result = self._test(batch, numeric, categorical, label) if self._batches else None
         self._observe(batch, numeric, label)
         slots = self.replay.add(numeric, categorical, label)
         self.model.train()
+        torch.manual_seed(self._seed + self._batches)  # what a body draws (dropout) is not part of the state
         rows = self._settings.step_rows
         for start in range(0, len(slots), rows):
             self._update(slots[start : start + rows])
         for _ in range(self._settings.replay_steps):
             self._update(self.replay.draw(rows, self._random))
+        for slow, fast in zip(self.averaged.body.buffers(), self.model.body.buffers(), strict=True):
+            slow.copy_(fast)  # a body's own running statistics are not averaged
         self.samples += len(batch)
         self._batches += 1
+        return result
 
     @torch.no_grad()
-    def _test(self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor) -> None:
+    def _test(self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor) -> StepResult:
         """Predicts rows not yet learned from, and scores the predictions."""
         target = self.model.labels.standardise(label)
         both: list[Components] = []
@@ -165,8 +186,11 @@ class Learner:
         assert natural.lower is not None
         assert natural.upper is not None
         covered = (label >= natural.lower) & (label <= natural.upper)
-        self.prequential.observe(batch.label, {name: a.point for name, a in answers.items()}, covered, score)
+        points = {name: answer.point for name, answer in answers.items()}
+        points[MEDIAN] = natural.point.new_full((len(batch),), self._median)
+        self.prequential.observe(batch.label, points, covered, score)
         self._newest.append(Newest(batch.time_s, batch.label, natural.point))
+        return StepResult(answering, self._grid, score, covered)
 
     def _observe(self, batch: Batch, numeric: Tensor, label: Tensor) -> None:
         """Takes a batch into the running statistics; predictions in label units stay as they were (Pop-Art)."""
@@ -181,7 +205,9 @@ class Learner:
             self.labels.observe(self.model.labels.standardise(label))
         self.density.observe(torch.from_numpy(batch.label))
         if self._batches < GRID_SETTLED or self._batches % GRID_EVERY == 0:
-            self._grid = self.density.grid().to(self._device)
+            grid = self.density.grid()
+            self._median = _median(grid)
+            self._grid = grid.to(self._device)
 
     def _update(self, slots: NDArray[np.int64]) -> None:
         """One optimiser step on rows of the replay buffer (the fresh ones lie there too), given by distinct slots."""
@@ -201,7 +227,14 @@ class Learner:
             sigma.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
         norm = self._weights.clip(self._settings.gradient_clip)
-        nonfinite = (~(norm.isfinite() & loss.detach().isfinite())).float()
+        # The losses leave rows out that are not finite, so a network that has gone astray shows in its outputs alone.
+        checks = [
+            norm,
+            loss.detach(),
+            *(part.detach().sum() for part in mixture),
+            *(s.grad for s in self._sigma if s.grad is not None),
+        ]
+        nonfinite = (~torch.stack(checks).isfinite().all()).float()
         if self._skips_on_device:
             self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # where it is 1 the fused step does nothing
         self.optimizer.step()
@@ -320,7 +353,8 @@ class Learner:
         self.replay.load_state_dict(unprefixed("replay", state))
         self.density.load_state_dict(unprefixed("density", state))
         self.labels.load_state_dict(unprefixed("labels", state))
-        self._grid = LabelGrid.from_tensors(unprefixed("grid", state)).to(self._device)
+        grid = LabelGrid.from_tensors(unprefixed("grid", state))
+        self._grid, self._median = grid.to(self._device), _median(grid)
         self.prequential.load_state_dict(unprefixed("prequential", state))
         learner = unprefixed("learner", state)
         self.steps, self.samples, self._batches = learner["counts"].tolist()
@@ -334,6 +368,15 @@ def _flat(model: Model) -> FlatWeights:
     """All parameters of a model but sigma, which has a learning rate of its own."""
     sigma = model.head.sigma_parameters()
     return FlatWeights([p for p in model.parameters() if not any(p is s for s in sigma)])
+
+
+def _median(grid: LabelGrid) -> float:
+    """The median of the label density, label units; 0 before the first label."""
+    if not len(grid):
+        return 0.0
+    cumulative = (grid.log_density.double().exp() * grid.widths).cumsum(0)
+    cell = int(torch.searchsorted(cumulative, cumulative[-1] / 2).clamp(max=len(grid) - 1))
+    return float(grid.centres[cell])
 
 
 def _label_model(loss: str) -> LabelMixture | LabelHistogram | torch.nn.Module:

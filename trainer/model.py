@@ -7,6 +7,8 @@ deviations from the running mean; outside, in the label's own units.
 import importlib
 import itertools
 import math
+import os
+import sys
 from typing import Final
 
 import torch
@@ -21,7 +23,7 @@ from trainer.predictive import Components, LearnedPrior
 from trainer.schema import FeatureSchema
 
 TRAINING_REACH: Final = 50.0  # standard deviations; nearer bounds hide the rare rows that matter (delays, claims)
-SMALLEST_SD: Final = 1e-3  # of a feature: below it the feature is constant so far, and is not blown up
+SMALLEST_SD: Final = 1e-6  # of a feature, beside its mean: below it what varies is rounding, and is not blown up
 PLAIN_SIGMA_BOUNDS: Final = (1e-3, 1e3)  # label standard deviations
 
 
@@ -73,7 +75,7 @@ class FeatureScaler(nn.Module):
         would leave every range.
         """
         sd = (self.squares / self.count.clamp(min=1)).sqrt()
-        scale = torch.where(sd < SMALLEST_SD, 1.0, sd)
+        scale = torch.where(sd <= SMALLEST_SD * self.mean.abs(), 1.0, sd)
         values = numeric.double()
         if not self.training:
             values = torch.minimum(torch.maximum(values, self.low), self.high)
@@ -254,11 +256,12 @@ def _noise(learner: LearnerSettings) -> NoiseSigma:
 
 def _import_body(path: str, schema: FeatureSchema) -> nn.Module:
     module, _, function = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` does; a console script does not
     try:
-        make_body = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model.body: {path!r} cannot be imported: {error}") from error
-    body = make_body(schema)
+        body = getattr(importlib.import_module(module), function)(schema)
+    except Exception as error:  # it is the user's code: whatever it raises
+        raise ConfigError(f"model.body: {path!r} could not make a body: {error!r}") from error
     if not isinstance(body, nn.Module):
         raise ConfigError(f"model.body: {path!r} returned {type(body).__name__}, not a torch.nn.Module")
     return body

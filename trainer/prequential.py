@@ -50,18 +50,17 @@ class PrequentialMetrics:
 
         Args:
             label: (B,) on the host, label units.
-            predictions: of each answer (B,), on the device, label units.
+            predictions: of each answer (B,), on the device, label units; the running median (`MEDIAN`) is one.
             covered: (B,) bool, whether the label lay in its interval.
             log_score: (B,) log density of the label, natural logs per label unit.
         """
         if not len(label):
             return
-        median = self._median()
         self._cover(float(label.min()), float(label.max()))
         device = self.sums.device
         cells = torch.from_numpy(self._cells(label)).to(device, non_blocking=True)
         truth = torch.from_numpy(label).to(device, non_blocking=True)
-        stacked = torch.stack([*(predictions[name].double() for name in self.answers[:-1]), median.expand(len(label))])
+        stacked = torch.stack([predictions[name].double() for name in self.answers])
         error = (stacked - truth).abs()
         others = torch.stack([torch.ones_like(error[0]), covered.double(), log_score.double()])
         values = torch.cat([others, torch.stack([error, error.square()], 1).flatten(0, 1)])
@@ -108,12 +107,6 @@ class PrequentialMetrics:
             }
         return result
 
-    def _median(self) -> Tensor:
-        """The median label so far, 0-dim, to the width of a cell; 0 before the first."""
-        cumulative = self.sums[0, 0].cumsum(0)
-        cell = (cumulative < cumulative[-1] / 2).sum()
-        return self.origin + (cell + 0.5) * self.width
-
     def _cells(self, label: NDArray[np.float64]) -> NDArray[np.int64]:
         return np.floor((label - self.origin) / self.width).astype(np.int64).clip(0, CELLS - 1)
 
@@ -123,7 +116,7 @@ class PrequentialMetrics:
         if self.width and self.origin <= self.low and self.high < self.origin + CELLS * self.width:
             return
         # Twice the range seen, so that a growing range is not followed cell by cell.
-        span = max(self.high - self.low, 1e-6 * max(abs(self.low), abs(self.high)), 1e-9)
+        span = max(self.high - self.low, 1e-12 * max(abs(self.low), abs(self.high)), 1e-12)
         width = max(self.width, 2.0 ** math.ceil(math.log2(2 * span / CELLS)))
         origin = math.floor((self.low + self.high) / 2 / width - CELLS / 2) * width
         if self.width:

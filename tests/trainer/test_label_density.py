@@ -248,3 +248,13 @@ def test_the_mask_is_low_only_where_labels_are_few() -> None:
     assert grid.log_mask[grid.cell_of(torch.tensor(100.0))] == pytest.approx(math.log(1e-4), abs=1e-4)
     lone = float(grid.log_mask[grid.cell_of(torch.tensor(999.0))])
     assert math.log(0.09) < lone < math.log(0.25)  # one label, its kernel cut by the end of the range
+
+
+@pytest.mark.parametrize("label", [0.0, 3.0, -1e9, 1e-9])
+@pytest.mark.parametrize("batch", [1, 32, 256])
+def test_labels_that_stay_equal_give_a_sound_grid_after_every_batch(label: float, batch: int) -> None:
+    density = LabelDensity()
+    labels = torch.full((batch,), label, dtype=torch.float64)
+    for _ in range(40):
+        density.observe(labels)
+        check_sound(density.grid(), labels)

@@ -272,7 +272,7 @@ def test_predictions_come_from_the_model_before_it_has_seen_the_batch() -> None:
     assert [p for *_, p in changed.read().newest[-32:]] == [p for *_, p in learner.read().newest[-32:]]
 
 
-def test_a_fresh_learner_is_healthy_until_it_is_worse_than_the_running_median() -> None:
+def test_a_fresh_learner_is_healthy_until_it_is_clearly_worse_than_the_running_median() -> None:
     given_settings = settings_of("mixture bmc")
     batches = make_batches(given_settings, 40 * 32)
     assert make_learner(given_settings).read().healthy
@@ -280,10 +280,42 @@ def test_a_fresh_learner_is_healthy_until_it_is_worse_than_the_running_median() 
     assert learner.read().healthy
     for answer in ("0", "1"):
         metrics = learner.read().metrics
-        metrics["fading"][answer]["mae"] = metrics["fading"]["median"]["mae"] * 1.01
+        metrics["fading"][answer]["mae"] = metrics["fading"]["median"]["mae"] * 1.2
         assert learner.read()._replace(metrics=metrics).healthy == (answer == "1")
         metrics["fading"][answer]["mae"] = float("nan")
         assert learner.read()._replace(metrics=metrics).healthy == (answer == "1")
+
+
+@pytest.mark.parametrize("labels", ["noise", "constant"])
+def test_a_model_of_what_cannot_be_learned_is_healthy(labels: str) -> None:
+    given_settings = settings_of("mixture bmc")
+    random = np.random.default_rng(0)
+    batches = make_batches(given_settings, 100 * 32)
+    for batch in batches:
+        batch.label[:] = random.normal(size=len(batch)) if labels == "noise" else 3.0
+    assert trained(given_settings, batches).read().healthy
+
+
+def test_the_median_to_beat_is_that_of_the_labels_before_whatever_lies_far_out() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, 60 * 32)
+    batches[3].label[5] = 1e6 * batches[3].label.std()
+    median = trained(given_settings, batches).read().metrics["whole"]["median"]
+    label = np.concatenate([batch.label for batch in batches])
+    medians = [np.median(label[: start + 32]) for start in range(0, len(label) - 32, 32)]
+    expected = np.mean([np.abs(b.label - m).mean() for b, m in zip(batches[1:], medians, strict=True)])
+    assert median["mae"] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_network_that_has_gone_astray_is_counted_though_its_rows_are_left_out_of_the_loss() -> None:
+    given_settings = settings_of("mixture bmc")
+    batches = make_batches(given_settings, 4 * 32)
+    learner = trained(given_settings, batches[:3])
+    with torch.no_grad():
+        learner.model.head.linear.bias.fill_(torch.nan)
+    before = learner.read().nonfinite_steps
+    learner.step(batches[3])
+    assert learner.read().nonfinite_steps - before == 4  # two of fresh rows, two of replayed ones
 
 
 def test_the_balanced_loss_learns_the_rare_labels_better_than_squared_error_does() -> None:

@@ -273,8 +273,8 @@ def test_a_body_of_ones_own_takes_the_place_of_the_tabular_one() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("bodies_of_a_test:absent", "cannot be imported"),
-        ("no_such_module:own", "cannot be imported"),
+        ("bodies_of_a_test:absent", "could not make a body"),
+        ("no_such_module:own", "could not make a body"),
         ("bodies_of_a_test:no_width", "no integer out_features"),
         ("bodies_of_a_test:no_module", "returned int, not a torch.nn.Module"),
     ],

@@ -1,0 +1,170 @@
+"""Prequential evaluation of a learner over a file: the trainer's own learner, no broker, exact metrics."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainer.batching import Batch
+from trainer.config import Settings
+from trainer.learner import Learner
+from trainer.model import learned_prior
+from trainer.predictive import predict
+from trainer.prequential import BINS, LEAST_ROWS
+from trainer.schema import FeatureSchema
+
+GAUSSIAN_ONLY: Final = ("gai", "bni", "mse", "l1", "huber")
+Floats = NDArray[np.float64]
+
+
+class Answers(NamedTuple):
+    """Predictions of one run, each made before its row was learned from; label units."""
+
+    label: Floats  # (N,)
+    median: Mapping[float, Floats]  # by balance, (N,)
+    mean: Mapping[float, Floats]  # by balance, (N,)
+    log_score: Floats  # (N,) at balance 0
+    covered: NDArray[np.bool_]  # (N,) whether the label lay in its 90% interval at balance 0
+    rows_per_second: float  # predicted at the trainer's balances and learned from
+
+
+def for_loss(settings: Settings, loss: str) -> Settings:
+    """The settings with another loss, and with the head that it needs."""
+    head = "gaussian" if loss in GAUSSIAN_ONLY else "mixture" if loss == "nll" else settings.model.head
+    return settings.model_copy(
+        update={
+            "learner": settings.learner.model_copy(update={"loss": loss}),
+            "model": settings.model.model_copy(update={"head": head}),
+        }
+    )
+
+
+def run(
+    settings: Settings,
+    schema: FeatureSchema,
+    batches: Iterable[Batch],
+    balances: Sequence[float],
+    device: torch.device,
+    progress: Callable[[int], None],
+) -> Answers:
+    """Learns from batches in order and keeps what was predicted.
+
+    Args:
+        settings: loss, head, seed and all the rest.
+        schema: what the batches were decoded by.
+        batches: of one file.
+        balances: label priors to answer at.
+        device: to learn on.
+        progress: told the rows of each batch.
+    """
+    learner = Learner(settings, schema, device)
+    prior = learned_prior(settings.learner.loss)
+    labels, scores, covered = [], [], []
+    medians: dict[float, list[Floats]] = {balance: [] for balance in balances}
+    means: dict[float, list[Floats]] = {balance: [] for balance in balances}
+    learning_s, rows = 0.0, 0
+    for batch in batches:
+        began = time.perf_counter()
+        result = learner.step(batch)
+        learning_s += time.perf_counter() - began
+        rows += len(batch)
+        progress(len(batch))
+        if result is None:
+            continue
+        labels.append(batch.label)
+        scores.append(result.log_score.double().cpu().numpy())
+        covered.append(result.covered.cpu().numpy())
+        for kept, point in ((medians, "median"), (means, "mean")):
+            for balance in balances:
+                answer = predict(
+                    result.components,
+                    result.grid,
+                    learned_prior=prior,
+                    balance=balance,
+                    point="median" if point == "median" else "mean",
+                )
+                kept[balance].append(answer.point.cpu().numpy())
+    return Answers(
+        _joined(labels),
+        {balance: _joined(parts) for balance, parts in medians.items()},
+        {balance: _joined(parts) for balance, parts in means.items()},
+        _joined(scores),
+        np.concatenate(covered) if covered else np.zeros(0, dtype=bool),
+        rows / max(learning_s, 1e-9),
+    )
+
+
+def summarise(answers: Answers, balance: float) -> dict[str, float | None]:
+    """Metrics of a run at one balance: medians for absolute errors, means for the squared one; label units."""
+    label = answers.label
+    error = np.abs(label - answers.median[balance])
+    squared = np.square(label - answers.mean[balance])
+    return {
+        "mae": float(error.mean()),
+        "rmse": float(np.sqrt(squared.mean())),
+        "balanced_mae": balanced_mae(label, error),
+        "mae_top_1_percent": float(error[label >= np.quantile(label, 0.99)].mean()),
+        "mae_top_5_percent": float(error[label >= np.quantile(label, 0.95)].mean()),
+        "log_score": float(answers.log_score.mean()),
+        "coverage_second_half": float(answers.covered[len(label) // 2 :].mean()),
+        "constant_balanced_mae": constant_balanced_mae(label),
+    }
+
+
+def balanced_mae(label: Floats, error: Floats) -> float | None:
+    """Mean over 50 equal-width bins of the label range of each bin's mean absolute error.
+
+    Args:
+        label: (N,).
+        error: (N,) absolute errors.
+
+    Returns:
+        The mean over bins with at least 10 rows; None where there is no such bin.
+    """
+    bins, rows = _bins(label)
+    enough = rows >= LEAST_ROWS
+    sums = np.bincount(bins, error, BINS)
+    return float((sums[enough] / rows[enough]).mean()) if enough.any() else None
+
+
+def constant_balanced_mae(label: Floats) -> float | None:
+    """Balanced MAE of the best constant answer, chosen in hindsight: a median with weights 1 / (rows of the bin)."""
+    bins, rows = _bins(label)
+    weight = np.where(rows[bins] >= LEAST_ROWS, 1.0 / rows[bins], 0.0)
+    if not weight.any():
+        return None
+    order = np.argsort(label, kind="stable")
+    cumulative = weight[order].cumsum()
+    best = label[order][np.searchsorted(cumulative, cumulative[-1] / 2)]
+    return balanced_mae(label, np.abs(label - best))
+
+
+def error_by_region(label: Floats, error: Floats, regions: int) -> tuple[Floats, Floats, Floats]:
+    """Mean absolute error by equal-width label region: middles, errors, rows; regions under 10 rows are left out."""
+    edges = np.linspace(label.min(), label.max(), regions + 1)
+    index = np.clip(np.searchsorted(edges, label, side="right") - 1, 0, regions - 1)
+    rows = np.bincount(index, minlength=regions).astype(np.float64)
+    enough = rows >= LEAST_ROWS
+    mean = np.bincount(index, error, regions)[enough] / rows[enough]
+    return ((edges[1:] + edges[:-1]) / 2)[enough], mean, rows[enough]
+
+
+def averaged(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Means over seeds of every metric; None where a run has none."""
+    names = [name for name, value in runs[0].items() if isinstance(value, float) or value is None]
+    columns = {name: [run[name] for run in runs] for name in names}
+    return {name: None if None in values else float(np.mean(values)) for name, values in columns.items()}
+
+
+def _bins(label: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The bin of each row, (N,), and the rows of each bin, (50,)."""
+    width = (label.max() - label.min()) / BINS or 1.0
+    bins = np.clip(((label - label.min()) / width).astype(np.int64), 0, BINS - 1)
+    return bins, np.bincount(bins, minlength=BINS)
+
+
+def _joined(parts: Sequence[Floats]) -> Floats:
+    return np.concatenate(parts) if parts else np.zeros(0)
