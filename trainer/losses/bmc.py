@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
-from trainer.losses.dense_softmax import dense_moments
+from trainer.losses.dense_softmax import SoftmaxMoments, dense_moments, wide
 from trainer.losses.gauss_transform import LOG_WEIGHT_RANGE, near_linear_moments
 from trainer.losses.rows import Reduction, as_rows, finite_rows, reduce_rows
 
@@ -62,12 +62,24 @@ def bmc_loss(
         ValueError: Shapes that do not belong together, or an unknown reduction.
     """
     pred, target = as_rows(pred, target)
-    sigma = torch.as_tensor(noise_sigma, device=pred.device)
+    sigma = usable_sigma(noise_sigma, pred.device)
+    labels, log_weights = candidate_labels(target, memory, memory_log_weights)
+    return loss_against(pred, target, sigma, labels, log_weights, reduction)
+
+
+def usable_sigma(noise_sigma: Tensor | float, device: torch.device) -> Tensor:
+    """Sigma as a 0-dim tensor above 0, with its gradient.
+
+    Raises:
+        ValueError: It is not one number.
+    """
+    sigma = torch.as_tensor(noise_sigma, device=device)
     if sigma.numel() != 1:
         raise ValueError(f"noise_sigma has shape {tuple(sigma.shape)}: give one number for the batch")
-    labels, log_weights = candidate_labels(target, memory, memory_log_weights)
-    sigma = sigma.reshape(()).abs().clamp(min=SMALLEST_SIGMA)
-    return loss_against(pred, target, sigma, labels, log_weights, reduction)
+    sigma = sigma.reshape(()) if sigma.dim() else sigma
+    if device.type == "cpu" and float(sigma.detach()) >= SMALLEST_SIGMA:
+        return sigma  # a CPU may look, which costs less than what it spares
+    return sigma.abs().clamp(min=SMALLEST_SIGMA)
 
 
 def loss_against(
@@ -91,16 +103,17 @@ def loss_against(
     # Only a CPU may look at the numbers, and then spares the common case all masking.
     if pred.device.type == "cpu":
         labels, log_weights = drop_masked(labels, log_weights)
-        if log_weights is None and all_finite(pred.detach(), labels):
-            loss: Tensor = _BalancedMSE.apply(pred, noise_sigma, target, labels, None, True)  # type: ignore[no-untyped-call]
-            return loss.mean() if reduction == "mean" else reduce_rows(loss, target.isfinite(), reduction)
+        if log_weights is None and all_finite(pred, target, labels):
+            average = reduction == "mean"
+            loss: Tensor = _BalancedMSE.apply(pred, noise_sigma, target, labels, None, True, average)  # type: ignore[no-untyped-call]
+            return loss if average else reduce_rows(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
     peak_is_zero = log_weights is None
     labels, log_weights = mask_candidates(labels, log_weights)
     keep = finite_rows(pred.detach(), target)
     # A row left out is moved onto a candidate, where all computed for it is finite; its results are then dropped.
     keep_values = keep if pred.dim() == 1 else keep[:, None]
     pred, target = (torch.where(keep_values, values, labels[0]) for values in (pred, target))
-    loss = _BalancedMSE.apply(pred, noise_sigma, target, labels, log_weights, peak_is_zero)  # type: ignore[no-untyped-call]
+    loss = _BalancedMSE.apply(pred, noise_sigma, target, labels, log_weights, peak_is_zero, False)  # type: ignore[no-untyped-call]
     return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
 
 
@@ -135,7 +148,7 @@ class BMCLoss(nn.Module):
 
 
 class _BalancedMSE(torch.autograd.Function):
-    """Losses of the rows. Their gradients are computed with them: nothing of size B x M outlives the forward."""
+    """Losses of the rows (B,), or their mean. The gradients are computed with them: nothing of size B x M is kept."""
 
     @staticmethod
     def forward(
@@ -146,38 +159,42 @@ class _BalancedMSE(torch.autograd.Function):
         labels: Tensor,
         log_weights: Tensor | None,
         peak_is_zero: bool,
+        average: bool,
     ) -> Tensor:
-        dtype = pred.dtype
-        # In float32 the distance to a prediction 30 sd away rounds at 1e-6 sd, as much as 1e-3 sd squared.
-        # Apple's devices alone have no float64.
-        precise = torch.float32 if pred.device.type == "mps" else torch.float64
-        pred, target, labels, sigma = (x.to(precise) for x in (pred, target, labels, sigma))
-        if log_weights is not None:
-            log_weights = log_weights.to(precise)
+        value = float(sigma) if pred.device.type == "cpu" else sigma
         if _near_linear_pays(pred, labels, log_weights):
             if log_weights is not None:
                 usable = log_weights > -torch.inf
                 labels, log_weights = labels[usable], log_weights[usable]
-            reference, log_sum, mean_shift, mean_excess = near_linear_moments(pred, labels, log_weights, float(sigma))
+            reference, *sums = near_linear_moments(pred, labels, log_weights, float(sigma))
+            moments = SoftmaxMoments(reference, torch.sub(reference, pred, alpha=2), 0.0, *sums)
         else:
-            reference, log_sum, mean_shift, mean_excess = dense_moments(
-                pred, labels, log_weights, sigma.square(), peak_is_zero
-            )
-        own_shift = target - reference
-        own_excess = own_shift * (own_shift + 2 * (reference - pred))
+            narrow = peak_is_zero and pred.dim() == 1
+            parts = (pred, labels, log_weights) if narrow else (wide(pred), wide(labels), log_weights)
+            moments = dense_moments(*parts, value**2, peak_is_zero=peak_is_zero, with_excess=ctx.needs_input_grad[1])
+        own_shift = target - moments.reference
+        own_excess = (target + moments.mirror).add_(moments.mirror_rest).mul_(own_shift)
         if pred.dim() == 2:
             own_excess = own_excess.sum(1)
-        pred_grad = 2 * (mean_shift - own_shift)
-        sigma_grad = 2 * (mean_excess - own_excess) / sigma
-        ctx.save_for_backward(pred_grad.to(dtype), sigma_grad.to(dtype))
-        return (own_excess + 2 * sigma.square() * log_sum).to(dtype)
+        loss = own_excess + moments.log_sum * (2 * value**2)
+        share = 1 / len(pred) if average else 1.0
+        pred_grad = (moments.mean_shift - own_shift).mul_(2 * share)
+        sigma_grad = None
+        if ctx.needs_input_grad[1] and moments.mean_excess is not None:
+            sigma_grad = (moments.mean_excess - own_excess).mul_(2 * share / value)
+            sigma_grad = (sigma_grad.sum() if average else sigma_grad).to(pred.dtype)
+        ctx.save_for_backward(pred_grad.to(pred.dtype), sigma_grad)
+        return (loss.mean() if average else loss).to(pred.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pred_grad, sigma_grad = ctx.saved_tensors
-        grad_pred = (grad if pred_grad.dim() == 1 else grad[:, None]) * pred_grad
-        return grad_pred, (grad * sigma_grad).sum(), None, None, None, None
+        grad_pred = (grad[:, None] if pred_grad.dim() > 1 and grad.dim() else grad) * pred_grad
+        grad_sigma = None if sigma_grad is None else grad * sigma_grad
+        if grad_sigma is not None and grad_sigma.dim():
+            grad_sigma = grad_sigma.sum()
+        return grad_pred, grad_sigma, *[None] * 5
 
 
 def _near_linear_pays(pred: Tensor, labels: Tensor, log_weights: Tensor | None) -> bool:

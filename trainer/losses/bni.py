@@ -6,10 +6,9 @@ v = sigma^2 and bins of share w_b and centre c_b, here the mean of the bin's lab
     loss_i = 2 v ((p_i - y_i)^2 / 2v + logsumexp_b(log w_b - (p_i - c_b)^2 / 2v)),   the factor 2 v detached
 """
 
-import torch
 from torch import Tensor
 
-from trainer.losses.bmc import SMALLEST_SIGMA, loss_against
+from trainer.losses.bmc import loss_against, usable_sigma
 from trainer.losses.label_histogram import LabelHistogram
 from trainer.losses.rows import Reduction, as_rows
 
@@ -40,6 +39,6 @@ def bni_loss(
     pred, target = as_rows(pred, target)
     if pred.dim() != 1:
         raise ValueError(f"BNI is for one label a row, not {tuple(target.shape)}")
-    sigma = torch.as_tensor(noise_sigma, device=pred.device).reshape(()).abs().clamp(min=SMALLEST_SIGMA)
+    sigma = usable_sigma(noise_sigma, pred.device)
     centres, log_weights = labels.centres().to(pred.dtype), labels.log_weights().to(pred.dtype)
     return loss_against(pred, target, sigma, centres, log_weights, reduction)
