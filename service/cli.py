@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from trainer.cli import ConfigFile, explained, register
+from trainer.cli import register
+from trainer.command import ConfigFile, explained, load_settings
 
 app = typer.Typer(
     help="Train on a Kafka stream with a balanced loss; serve predictions from a model that is seconds old.",
@@ -21,12 +22,8 @@ register(app)
 def serve(config: ConfigFile) -> None:
     """Answer predictions over HTTP from the newest snapshot, until SIGTERM or Ctrl-C."""
     from service.serve import serve as run
-    from trainer.config import load
-    from trainer.log import configure_logging
 
-    settings = load(config)
-    configure_logging(settings.trainer.log_format)
-    run(settings)
+    run(load_settings(config))
 
 
 @app.command()

@@ -135,8 +135,8 @@ class Checkpoint:
     def _read(self) -> None:
         self._next_reading_s = time.monotonic() + self._settings.trainer.metrics_interval_s
         learner = self._parts.learner
-        lost = getattr(self._parts.source, "lost_records", 0)
-        self._parts.metrics.read(learner.read(), learner.steps, self.lag(), lost)
+        self._parts.metrics.read(learner.read(), learner.steps, self.lag(), self._parts.source.lost_records)
+        self._parts.metrics.broker_up(self._parts.source.broker_up)
 
     def _start(self) -> None:
         began = time.monotonic()

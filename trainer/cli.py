@@ -1,23 +1,15 @@
 """The trainer's commands. Each imports what it needs when it runs, so that `--help` answers at once."""
 
 import signal
-import sys
-from collections.abc import Callable
 from enum import StrEnum
-from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import Annotated
 
 import typer
 
-from trainer.errors import TailstreamError
-
-if TYPE_CHECKING:
-    from trainer.config import Settings
-
-ConfigFile = Annotated[Path, typer.Option("--config", help="Configuration file (TOML).", dir_okay=False)]
-P = ParamSpec("P")
+from trainer import cli_dead_letters, cli_snapshots
+from trainer.command import ConfigFile, explained, load_settings, say
 
 
 class DatasetName(StrEnum):
@@ -26,20 +18,6 @@ class DatasetName(StrEnum):
     flights = "flights"
     diamonds = "diamonds"
     portal = "portal"
-
-
-def explained(command: Callable[P, None]) -> Callable[P, None]:
-    """A command that ends an expected error with its message and its exit code, not with a traceback."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except TailstreamError as error:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - what a command says is its output
-            raise typer.Exit(error.exit_code) from error
-
-    return run
 
 
 @explained
@@ -52,7 +30,7 @@ def train(config: ConfigFile) -> None:
     _stop_cleanly_while_starting()
     from trainer.process import run
 
-    run(_load(config))
+    run(load_settings(config))
 
 
 @explained
@@ -70,7 +48,7 @@ def publish(
     from trainer.publish import publish as send
     from trainer.schema import FeatureSchema
 
-    settings = _load(config)
+    settings = load_settings(config)
     schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
     console = Console(stderr=True)
     with Progress(
@@ -87,7 +65,7 @@ def publish(
         )
         bar.update(task, total=done.sent, completed=done.sent)
     unkeyed = f", {done.unkeyed} of them without a key" if done.unkeyed else ""
-    print(f"published {done.sent} records to {settings.kafka.topic}{unkeyed}")  # noqa: T201
+    say(f"published {done.sent} records to {settings.kafka.topic}{unkeyed}")
 
 
 @explained
@@ -98,7 +76,7 @@ def dataset(
     """Write a real data set that ships in a Python package as JSON lines."""
     from trainer.datasets import DATASETS, write_jsonl
 
-    print(f"wrote {write_jsonl(DATASETS[name](), out)} records to {out}")  # noqa: T201
+    say(f"wrote {write_jsonl(DATASETS[name](), out)} records to {out}")
 
 
 @explained
@@ -106,7 +84,7 @@ def check(config: ConfigFile) -> None:
     """Look whether everything a trainer needs is there: one line each, and what to do where it is not."""
     from trainer.checks import run_checks
 
-    if not run_checks(_load(config), print):
+    if not run_checks(load_settings(config), say):
         raise typer.Exit(1)
 
 
@@ -120,16 +98,9 @@ def _stop_cleanly_while_starting() -> None:
         signal.signal(number, leave)
 
 
-def _load(path: Path) -> "Settings":
-    from trainer.config import load
-    from trainer.log import configure_logging
-
-    settings = load(path)
-    configure_logging(settings.trainer.log_format)
-    return settings
-
-
 def register(app: typer.Typer) -> None:
     """Adds the trainer's commands to an application."""
     for command in (train, check, publish, dataset):
         app.command()(command)
+    app.add_typer(cli_snapshots.app, name="snapshots")
+    app.add_typer(cli_dead_letters.app, name="dead-letters")

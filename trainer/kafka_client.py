@@ -29,7 +29,17 @@ FETCH_BYTES: Final = 4 << 20  # a partition and fetch; the default of 1 MiB is a
 UNKNOWN_TOPIC: Final = 3  # error code of the protocol
 LINGER_MS: Final = 20
 MAX_IN_FLIGHT: Final = 10_000  # records sent and not yet acknowledged
-REFUSALS: Final = ("authentication", "sasl", "ssl", "certificate", "tls", "authoriz")
+PROBE_S: Final = 2.0  # longest wait for a sign of life of a broker that has sent nothing for a while
+COMMIT_S: Final = 5.0
+# What the client reports, as text alone, when both sides talk and do not agree. An end of the stream in a TLS
+# handshake is not among them: a broker that is being stopped does that too.
+TLS_REFUSALS: Final = ("certificate_verify_failed", "wrong_version_number", "alert", "hostname mismatch", "no_shared")
+REFUSED: Final = (
+    kafka.errors.SaslAuthenticationFailedError,
+    kafka.errors.UnsupportedSaslMechanismError,
+    kafka.errors.IllegalSaslStateError,
+    kafka.errors.AuthorizationError,
+)
 
 
 class TopicDescription(NamedTuple):
@@ -42,17 +52,28 @@ class TopicDescription(NamedTuple):
 
 
 class _Complaints(logging.Handler):
-    """Keeps the client's last warning: its exceptions hide why it could not connect."""
+    """Keeps the client's last warning, and its last refusal: its exceptions hide why it could not connect."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.last = ""
+        self.refusal = ""
+
+    def clear(self) -> None:
+        self.last = self.refusal = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         # The reason comes first, a summary without it last.
         if "Unable to bootstrap" not in message and "not ready" not in message:
             self.last = message
+        causes = record.args if isinstance(record.args, tuple) else ()
+        if any(isinstance(cause, REFUSED) for cause in causes) or _is_tls_refusal(message):
+            self.refusal = message
+
+
+def _is_tls_refusal(message: str) -> bool:
+    return "ssl" in message.lower() and any(word in message.lower() for word in TLS_REFUSALS)
 
 
 _complaints = _Complaints()
@@ -69,7 +90,7 @@ def _connect(factory: Callable[..., Any], settings: KafkaSettings, timeout_s: fl
         BrokerRefused: somebody did, and did not let us in.
         ConfigError: `kafka.options` has an option that the client does not know.
     """
-    _complaints.last = ""
+    _complaints.clear()
     where = ", ".join(settings.bootstrap_servers)
     try:
         return factory(
@@ -82,9 +103,10 @@ def _connect(factory: Callable[..., Any], settings: KafkaSettings, timeout_s: fl
     except (AssertionError, TypeError, ValueError, kafka.errors.KafkaConfigurationError) as error:
         raise ConfigError(f"kafka.options: {error}") from error
     except (kafka.errors.KafkaError, OSError) as error:
-        reason = _complaints.last or str(error)
-        if any(word in reason.lower() for word in REFUSALS):
+        if _complaints.refusal or isinstance(error, REFUSED):
+            reason = _complaints.refusal or str(error)
             raise BrokerRefused(f"the broker at {where} did not let us in: {reason}; see kafka.options") from error
+        reason = _complaints.last or str(error)
         raise BrokerUnavailable(f"no Kafka broker answers at {where}: {reason}; see kafka.bootstrap_servers") from error
 
 
@@ -123,6 +145,8 @@ def describe_topic(settings: KafkaSettings, topic: str, timeout_s: float = 5.0) 
         raise TopicMissing(f"topic {topic!r} does not exist at {', '.join(settings.bootstrap_servers)}")
     if found["error_code"]:
         code = kafka.errors.for_code(found["error_code"])
+        if issubclass(code, REFUSED):
+            raise BrokerRefused(f"topic {topic!r} may not be described: {code.__name__}; ask for the permission")
         raise SourceError(f"topic {topic!r} cannot be described: {code.__name__}")
     partitions = tuple(sorted(part["partition_index"] for part in found["partitions"]))
     topic_id = found["topic_id"]
@@ -209,6 +233,7 @@ class Consumer:
             OffsetsLost: a partition no longer holds the offset that is next.
             TopicChanged: its log is not the one read so far.
             BrokerRefused: reading is not allowed.
+            SourceError: a record cannot be read at all.
         """
         try:
             fetched = self._consumer.poll(timeout_ms=int(timeout_s * 1000), max_records=max_records)
@@ -219,8 +244,12 @@ class Consumer:
                 f"topic {self._settings.topic!r} was cut back or made again while it was read: {error}; "
                 "restore it, or give the trainer a new store.url to start over"
             ) from error
-        except kafka.errors.AuthorizationError as error:
+        except REFUSED as error:
             raise BrokerRefused(f"reading topic {self._settings.topic!r} is not allowed: {error}") from error
+        except kafka.errors.KafkaError as error:
+            if error.retriable:
+                return []
+            raise SourceError(f"topic {self._settings.topic!r} cannot be read: {error}") from error
         return [
             Record(r.partition, r.offset, r.timestamp / 1000, r.key, r.value, r.headers)
             for records in fetched.values()
@@ -252,6 +281,47 @@ class Consumer:
             raise BrokerUnavailable(f"the broker did not say where {self._settings.topic!r} ends: {error}") from error
         return {part.partition: (begin[part], end[part]) for part in parts}
 
+    def topic_id(self) -> str | None:
+        """The topic's id as of the newest metadata; None where it is not known.
+
+        Fetches carry this id, so what a poll returned before it changed is of the topic before.
+        """
+        found = self._consumer._cluster.topic_id(self._settings.topic)  # noqa: SLF001 - said nowhere else
+        return str(found) if found else None
+
+    def look_for_ends(self) -> dict[int, int] | None:
+        """Where each partition ends, asked of the broker; None when it does not answer in `PROBE_S`."""
+        parts = list(self._assigned.values())
+        try:
+            found = self._consumer.end_offsets(parts, timeout_ms=int(PROBE_S * 1000))
+        except kafka.errors.KafkaError:
+            return None
+        return {part.partition: end for part, end in found.items()}
+
+    def committed(self, partitions: Iterable[int]) -> dict[int, int]:
+        """The group's offsets; partitions for which it has none are left out.
+
+        Raises:
+            BrokerUnavailable: the broker does not say.
+        """
+        parts = [TopicPartition(self._settings.topic, partition) for partition in partitions]
+        try:
+            found = {part.partition: self._consumer.committed(part) for part in parts}
+        except kafka.errors.KafkaError as error:
+            raise BrokerUnavailable(f"the broker did not say what group {self._settings.group!r} has read") from error
+        return {partition: offset for partition, offset in found.items() if offset is not None}
+
+    def commit_and_wait(self, offsets: Mapping[int, int]) -> None:
+        """Commits the group's offsets, and waits until it is done.
+
+        Raises:
+            BrokerUnavailable: it could not be done.
+        """
+        try:
+            self._consumer.commit(self._named(offsets), timeout_ms=int(COMMIT_S * 1000))
+        except kafka.errors.KafkaError as error:
+            raise BrokerUnavailable(f"offsets of group {self._settings.group!r} were not committed: {error}") from error
+
     def seek(self, offsets: Mapping[int, int]) -> None:
         """Goes on from these offsets."""
         for partition, offset in offsets.items():
@@ -264,9 +334,11 @@ class Consumer:
 
     def commit(self, offsets: Mapping[int, int]) -> None:
         """Shows offsets to the group's lag tools; nothing waits for it, and nothing depends on it."""
-        named = {self._assigned[partition]: OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
         with suppress(kafka.errors.KafkaError):
-            self._consumer.commit_async(named)
+            self._consumer.commit_async(self._named(offsets))
+
+    def _named(self, offsets: Mapping[int, int]) -> dict[TopicPartition, OffsetAndMetadata]:
+        return {self._assigned[partition]: OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
 
     def close(self) -> None:
         """Leaves the broker."""

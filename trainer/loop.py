@@ -3,10 +3,9 @@
 import threading
 import time
 
-from trainer.batching import Batcher, batches
+from trainer.batching import Batcher
 from trainer.checkpoint import Checkpoint, Parts
-
-POLL_RECORDS = 2048
+from trainer.prefetch import prefetched
 
 
 def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: float, stop: threading.Event) -> None:
@@ -17,16 +16,17 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
     """
     try:
         parts.source.open(checkpoint.progress)
-        for batch in batches(parts.source.poll, batcher, POLL_RECORDS, max_wait_s):
-            if batch is not None:
-                began = time.perf_counter()
-                parts.dead_letters.write(batch.rejected)
-                parts.learner.step(batch)
-                checkpoint.advance(batch)
-                parts.metrics.trained(batch, time.perf_counter() - began)
-            checkpoint.tick()
-            if stop.is_set() or (parts.source.exhausted and batch is None and not batcher.pending):
-                break
-        checkpoint.save()
+        with prefetched(parts.source, batcher, max_wait_s) as batches:
+            for batch in batches:
+                if batch is not None:
+                    began = time.perf_counter()
+                    parts.dead_letters.write(batch.rejected)
+                    parts.learner.step(batch)
+                    checkpoint.advance(batch)
+                    parts.metrics.trained(batch, time.perf_counter() - began)
+                checkpoint.tick()
+                if stop.is_set():
+                    break
+            checkpoint.save()
     finally:
         checkpoint.close()

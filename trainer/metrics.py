@@ -54,6 +54,7 @@ class TrainerMetrics:
         self._skipped = counter("records_skipped", "Tombstones passed over.")
         self._lost = counter("records_lost", "Records that expired before they were read.")
         self._lag = gauge("consumer_lag_records", "Records in a partition not yet learned from.", "partition")
+        self._broker_up = gauge("broker_up", "1 if the broker answers, 0 while it is away.")
         self._freshness = gauge("freshness_seconds", "Now less the append time of the newest record learned from.")
         self._freshness.set_function(self._age)
         self._mae = gauge("prequential_mae", "Fading prequential mean absolute error, label units.", "shots", "balance")
@@ -111,6 +112,10 @@ class TrainerMetrics:
         for partition, records in lag.items():
             self._lag.labels(str(partition)).set(records)
         self._errors(readings.metrics["fading"])
+
+    def broker_up(self, up: bool) -> None:
+        """Shows whether the broker answers."""
+        self._broker_up.set(up)
 
     def _count(self, counter: Counter, total: int) -> None:
         """Brings a counter up to a total that is kept elsewhere."""

@@ -1,10 +1,12 @@
 """The trainer process: its parts put together, its signals, its end."""
 
+import itertools
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
 from types import FrameType
 from typing import Final
 
@@ -95,27 +97,34 @@ def _dead_letter_producer(settings: Settings, stop: threading.Event) -> Producer
 
 @contextmanager
 def _stop_on_signals(grace_s: float) -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets."""
-    stop = threading.Event()
-
-    def overdue() -> None:
-        log.error("the stop took too long", grace_s=grace_s)
-        os._exit(OVERDUE)
-
-    timer = threading.Timer(grace_s, overdue)
-    timer.daemon = True
+    """An event that the first SIGTERM or SIGINT sets; a second ends the process, and so does a stop that takes long."""
+    stop, ended = threading.Event(), threading.Event()
+    # A handler runs between any two instructions of the main thread, which may hold the event's lock or be writing a
+    # log line: it only counts and queues, and another thread does the rest.
+    received: SimpleQueue[int | None] = SimpleQueue()
+    signals = itertools.count(1)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        if next(signals) > 1:
             os._exit(ABORTED)  # snapshots are whole or not there, so nothing is torn
-        log.info("stopping", signal=signal.Signals(number).name)
-        stop.set()
-        timer.start()
+        received.put(number)
 
+    def watch() -> None:
+        number = received.get()
+        if number is None:
+            return
+        stop.set()
+        log.info("stopping", signal=signal.Signals(number).name)
+        if not ended.wait(grace_s):
+            log.error("the stop took too long", grace_s=grace_s)
+            os._exit(OVERDUE)
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        timer.cancel()
+        ended.set()
+        received.put(None)
         for number, handler in before.items():
             signal.signal(number, handler)

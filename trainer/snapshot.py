@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -34,6 +34,7 @@ MANIFEST_FILE: Final = "manifest.json"
 ACTIVE_FILE: Final = "active.json"
 LOCK_FILE: Final = ".lock"
 TEMPORARY: Final = ".tmp-"
+DIGEST_KEY: Final = b'"sha256": "'  # in the manifest; its last occurrence is the manifest's own
 KEEP_NEWEST: Final = 5
 KEEP_HOURLY_S: Final = 24 * 3600
 
@@ -86,6 +87,9 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]  # prequential, see trainer.prequential
     newest: list[Sample]
     files: dict[str, FileEntry] = {}
+    generation: int = 0  # rollbacks so far: progress only grows within one
+    copy_of: int | None = None  # the version that a rollback went back to
+    sha256: str = ""  # of the manifest's own bytes, with this field empty; the last one
 
 
 class Snapshot(NamedTuple):
@@ -122,11 +126,14 @@ class SnapshotStore:
         """
         path = self.folder(version) / MANIFEST_FILE
         try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
+            data = path.read_bytes()
+            manifest = Manifest.model_validate_json(data)
         except (OSError, ValidationError) as error:
             raise SnapshotCorrupt(f"snapshot {version} has no valid manifest at {path}: {error}") from error
         if manifest.version != version:
             raise SnapshotCorrupt(f"{path} is the manifest of snapshot {manifest.version}: the folder was renamed")
+        if manifest.sha256 != _sha256_without_itself(data):
+            raise SnapshotCorrupt(f"{path} is not as it was written: its bytes do not match its own sha256")
         return manifest
 
     def load(self, version: int, *, training: bool) -> Snapshot:
@@ -142,6 +149,14 @@ class SnapshotStore:
         manifest = self.manifest(version)
         model = self._read(manifest, MODEL_FILE)
         return Snapshot(manifest, model, self._read(manifest, TRAINING_FILE) if training else {})
+
+    def is_readable(self, version: int) -> bool:
+        """Whether a version's manifest is there and valid; its files are not looked at."""
+        try:
+            self.manifest(version)
+        except SnapshotCorrupt:
+            return False
+        return True
 
     def newest(self, *, training: bool) -> tuple[Snapshot | None, list[SnapshotCorrupt]]:
         """The newest valid snapshot, and what was wrong with the newer ones."""
@@ -215,18 +230,58 @@ class SnapshotStore:
         Raises:
             OSError: the disk refused; nothing of the snapshot is left.
         """
+        tensors = {MODEL_FILE: model, TRAINING_FILE: training}
+        return self._write(manifest, {name: safetensors.torch.save(part) for name, part in tensors.items()})
+
+    def rollback(self, version: int) -> Manifest:
+        """Writes a version once more, as the newest: versions only grow, and the next trainer resumes from there.
+
+        The caller holds the lock.
+
+        Raises:
+            SnapshotCorrupt: the version is not there whole.
+            OSError: the disk refused; nothing is changed.
+        """
+        manifest = self.load(version, training=True).manifest
+        generation = 1 + max(self.manifest(other).generation for other in self.versions() if self.is_readable(other))
+        contents = {name: (self.folder(version) / name).read_bytes() for name in manifest.files}
+        return self._write(manifest.model_copy(update={"generation": generation, "copy_of": version}), contents)
+
+    def pin(self, version: int | None) -> None:
+        """Makes the service stay with a version, or with None follow the newest again.
+
+        Raises:
+            SnapshotCorrupt: there is no such version, or it is not whole.
+            OSError: the disk refused; nothing is changed.
+        """
+        target = self.path / ACTIVE_FILE
+        if version is None:
+            target.unlink(missing_ok=True)
+            return
+        self.load(version, training=False)
+        temporary = self.path / f"{ACTIVE_FILE}.{os.getpid()}"
+        try:
+            _write_durably(temporary, json.dumps({"version": version}).encode())
+            temporary.replace(target)
+            _sync_folder(self.path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.load(version, training=False)  # the trainer may have removed it before it was pinned
+
+    def _write(self, manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
         version = 1 + max((int(name) for name in os.listdir(self.path) if name.isdigit()), default=0)
         temporary = self.path / f"{TEMPORARY}{version:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
             files = {}
-            for name, tensors in ((MODEL_FILE, model), (TRAINING_FILE, training)):
-                data = safetensors.torch.save(tensors)
+            for name, data in contents.items():
                 files[name] = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
                 _write_durably(temporary / name, data)
-            manifest = manifest.model_copy(update={"version": version, "created_s": time.time(), "files": files})
-            _write_durably(temporary / MANIFEST_FILE, manifest.model_dump_json(indent=1).encode())
+            changes = {"version": version, "created_s": time.time(), "files": files}
+            manifest, data = _sealed(manifest.model_copy(update=changes))
+            _write_durably(temporary / MANIFEST_FILE, data)
             _sync_folder(temporary)
             temporary.rename(self.folder(version))
             _sync_folder(self.path)
@@ -304,6 +359,22 @@ def described(source: Manifest | Settings) -> dict[str, Any]:
         **{f"model.{name}": value for name, value in model.items()},
         **{f"learner.{name}": learner.get(name) for name in ("loss", "sigma", "replay_rows")},
     }
+
+
+def _sealed(manifest: Manifest) -> tuple[Manifest, bytes]:
+    """A manifest with its own digest, and the bytes to write: a flipped bit in it would move offsets, and shows."""
+    digest = hashlib.sha256(_manifest_bytes(manifest.model_copy(update={"sha256": ""}))).hexdigest()
+    sealed = manifest.model_copy(update={"sha256": digest})
+    return sealed, _manifest_bytes(sealed)
+
+
+def _manifest_bytes(manifest: Manifest) -> bytes:
+    return manifest.model_dump_json(indent=1).encode()
+
+
+def _sha256_without_itself(data: bytes) -> str:
+    before, found, digest = data.rpartition(DIGEST_KEY)
+    return hashlib.sha256(before + found + digest[64:]).hexdigest()
 
 
 def _get(table: dict[str, Any], name: str) -> Any:

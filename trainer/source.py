@@ -3,23 +3,26 @@
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import structlog
 
 from trainer.batching import Progress, Record
 from trainer.config import KafkaSettings
-from trainer.errors import BrokerUnavailable, OffsetsLost, TopicChanged, TopicMissing
+from trainer.errors import BrokerUnavailable, OffsetsLost, SourceError, TopicChanged, TopicMissing
 from trainer.files import read_values
-from trainer.kafka_client import Consumer, TopicDescription, describe_topic
+from trainer.kafka_client import PROBE_S, Consumer, TopicDescription, describe_topic
 from trainer.schema import FeatureSchema
 from trainer.snapshot import Manifest
 
 BACKOFF_S: Final = (0.2, 5.0)  # first and longest pause between tries to reach a broker
+SILENCE_S: Final = 1.0  # without a record, before the broker is asked whether it is there
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 
 class RecordSource(Protocol):
@@ -27,6 +30,8 @@ class RecordSource(Protocol):
 
     identity: TopicDescription
     exhausted: bool  # whether no more will come, ever; a topic never is
+    lost_records: int  # that had expired before they were read
+    broker_up: bool  # whether whoever has the records answers
 
     def open(self, progress: Progress) -> None:
         """Begins after `progress`; partitions that are not in it begin where the source's settings say."""
@@ -47,24 +52,33 @@ class RecordSource(Protocol):
 class KafkaSource:
     """All partitions of one topic, assigned and not subscribed: one trainer owns them all.
 
+    The client is for one thread: `open`, `poll` and `close` must not run at the same time. `ends` and `commit` may.
+
     Attributes:
         identity: the topic as it was when the source was opened.
         lost_records: records skipped because their offsets had expired, by `kafka.on_lost_offsets`.
+        broker_up: whether the broker answered when last heard or asked.
     """
 
     def __init__(self, settings: KafkaSettings, stop: threading.Event) -> None:
         self._settings = settings
         self._stop = stop
         self._consumer: Consumer | None = None
+        self._ends: dict[int, int] = {}
+        self._to_commit: Progress | None = None
+        self._silent_since_s = 0.0
+        self._pause_s = SILENCE_S
+        self._trouble = ""
         self.identity = TopicDescription(None, settings.topic, None, ())
         self.exhausted = False
         self.lost_records = 0
+        self.broker_up = False
 
     def open(self, progress: Progress) -> None:
-        """Begins after `progress`; `wait` has found the topic.
+        """Begins after `progress`; `wait` has found the topic. A broker that is away again is waited for.
 
         Raises:
-            BrokerUnavailable, BrokerRefused: the broker went away again, or does not let us in.
+            BrokerRefused: the broker does not let us in.
             TopicChanged: there are fewer partitions than `progress` has.
         """
         missing = sorted(set(progress) - set(self.identity.partitions))
@@ -73,10 +87,20 @@ class KafkaSource:
                 f"topic {self._settings.topic!r} has partitions {list(self.identity.partitions)}, but the snapshot has "
                 f"progress in {missing} too: it is another topic; give it its own store.url"
             )
-        self._consumer = Consumer(self._settings, timeout_s=30)
         offsets = {p: progress[p].next_offset if p in progress else None for p in self.identity.partitions}
-        begun = self._consumer.assign(offsets)
-        log.info("reading", topic=self._settings.topic, offsets={str(p): offset for p, offset in begun.items()})
+
+        def begin() -> Consumer:
+            consumer = Consumer(self._settings)
+            try:
+                begun = consumer.assign(offsets)
+            except BaseException:
+                consumer.close()
+                raise
+            log.info("reading", topic=self._settings.topic, offsets={str(p): offset for p, offset in begun.items()})
+            return consumer
+
+        self._consumer = self._insist(begin)
+        self._heard()
 
     def wait(self) -> None:
         """Waits until broker and topic are there, or until told to stop, and notes what the topic is.
@@ -84,60 +108,137 @@ class KafkaSource:
         Raises:
             BrokerRefused: the broker does not let us in; waiting would not help.
         """
-        pause, said = BACKOFF_S[0], None
+        self.identity = self._insist(lambda: describe_topic(self._settings, self._settings.topic)) or self.identity
+
+    def _insist(self, act: Callable[[], T]) -> T | None:
+        """What `act` returns once broker and topic are there; None when told to stop before."""
+        pause_s = BACKOFF_S[0]
         while not self._stop.is_set():
             try:
-                self.identity = describe_topic(self._settings, self._settings.topic)
-                return
+                found = act()
             except (BrokerUnavailable, TopicMissing) as error:
-                if type(error) is not said:  # once per change of state
-                    said = type(error)
-                    log.warning("waiting for the topic", reason=str(error))
-            self._stop.wait(pause)
-            pause = min(2 * pause, BACKOFF_S[1])
+                self._in_trouble("waiting for the topic", error)
+            else:
+                self._heard()
+                return found
+            self._stop.wait(pause_s)
+            pause_s = min(2 * pause_s, BACKOFF_S[1])
+        return None
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
-        """Records as they come.
+        """Records as they come; none while the broker is away, which is waited out.
 
         Raises:
             OffsetsLost: they have expired, and `kafka.on_lost_offsets` is `fail`.
             TopicChanged: the topic is no longer the one that was opened.
+            BrokerRefused: we are no longer let in.
         """
-        if self._consumer is None:
+        consumer = self._consumer
+        if consumer is None:
             return []
+        if self._to_commit is not None:
+            offsets, self._to_commit = self._to_commit, None
+            consumer.commit({partition: part.next_offset for partition, part in offsets.items()})
         try:
-            return self._consumer.poll(max_records, timeout_s)
+            records = consumer.poll(max_records, timeout_s)
         except OffsetsLost as error:
-            if self._settings.on_lost_offsets == "fail":
-                raise
-            self._skip_lost(self._consumer, error)
+            self._skip_lost(consumer, error)
             return []
+        topic_id = consumer.topic_id()
+        if topic_id is not None and self.identity.topic_id not in (None, topic_id):
+            raise self._made_again(topic_id)
+        if records:
+            self._ends = consumer.ends()
+            self._heard()
+        elif time.monotonic() - self._silent_since_s > self._pause_s:
+            self._ask(consumer)
+        return records
+
+    def _ask(self, consumer: Consumer) -> None:
+        """Whether nothing comes because there is nothing, or because nobody is there."""
+        ends = consumer.look_for_ends()
+        if ends is not None and not self._trouble:
+            self._ends = ends
+            self._heard()
+            return
+        try:
+            found = describe_topic(self._settings, self._settings.topic, PROBE_S)
+        except (BrokerUnavailable, TopicMissing) as error:
+            self._in_trouble("the broker is away", error)
+            self._silent_since_s = time.monotonic()
+            self._pause_s = min(2 * self._pause_s, BACKOFF_S[1])
+            return
+        if found.topic_id != self.identity.topic_id:
+            raise self._made_again(found.topic_id)
+        if found.cluster_id != self.identity.cluster_id:
+            raise TopicChanged(
+                f"the cluster at {', '.join(self._settings.bootstrap_servers)} is another one than before: it was "
+                f"{self.identity.cluster_id}, it is {found.cluster_id}; give it its own store.url"
+            )
+        self._heard()
+
+    def _made_again(self, topic_id: str | None) -> TopicChanged:
+        return TopicChanged(
+            f"topic {self._settings.topic!r} was deleted and made again while it was read (topic_id was "
+            f"{self.identity.topic_id}, is {topic_id}): its offsets begin anew; give the trainer a new store.url"
+        )
+
+    def _heard(self) -> None:
+        self._silent_since_s, self._pause_s, self.broker_up = time.monotonic(), SILENCE_S, True
+        if self._trouble:
+            self._trouble = ""
+            log.info("the broker is there", topic=self._settings.topic)
+
+    def _in_trouble(self, what: str, error: SourceError) -> None:
+        """Notes it, and says it once per change of state."""
+        self.broker_up = isinstance(error, TopicMissing)
+        kind = type(error).__name__
+        if kind != self._trouble:
+            log.warning(what if kind == "BrokerUnavailable" else "waiting for the topic", reason=str(error))
+        self._trouble = kind
 
     def _skip_lost(self, consumer: Consumer, error: OffsetsLost) -> None:
+        """Goes on behind what has expired.
+
+        Raises:
+            OffsetsLost: that is not allowed.
+            TopicChanged: the topic ends before what has been read, so it was cut back.
+        """
+        if self._settings.on_lost_offsets == "fail":
+            raise error
         for partition, (first, end) in consumer.bounds().items():
             position = consumer.position(partition)
-            if first <= position <= end:
+            if position > end:
+                raise TopicChanged(
+                    f"topic {self._settings.topic!r}, partition {partition}, ends at {end}, but has been read up to "
+                    f"{position}: it was cut back or made again; restore it, or give the trainer a new store.url"
+                ) from error
+            if position >= first:
                 continue
             target = first if self._settings.on_lost_offsets == "earliest" else end
-            lost = max(0, target - position)
-            self.lost_records += lost
-            log.warning("records lost", partition=partition, next_offset=position, goes_on_at=target, records=lost)
+            self.lost_records += target - position
+            log.warning(
+                "records lost", partition=partition, next_offset=position, goes_on_at=target, records=target - position
+            )
             consumer.seek({partition: target})
 
     def ends(self) -> dict[int, int]:
-        """High watermark of each partition at its last fetch."""
-        return {} if self._consumer is None else self._consumer.ends()
+        """High watermark of each partition, as last heard."""
+        return self._ends
 
     def commit(self, progress: Progress) -> None:
-        """Commits offsets for the group, for lag tools; resuming does not use them."""
-        if self._consumer is not None:
-            self._consumer.commit({partition: part.next_offset for partition, part in progress.items()})
+        """Has the offsets committed for the group, for lag tools; resuming does not use them."""
+        self._to_commit = progress
 
     def close(self) -> None:
-        """Leaves the broker."""
-        if self._consumer is not None:
-            self._consumer.close()
-            self._consumer = None
+        """Leaves the broker, the last commit made if it is there."""
+        if self._consumer is None:
+            return
+        if self._to_commit is not None and self.broker_up:
+            with suppress(BrokerUnavailable):
+                self._consumer.commit_and_wait({p: part.next_offset for p, part in self._to_commit.items()})
+        self._consumer.close()
+        self._consumer = None
 
 
 def check_same_topic(manifest: Manifest, identity: TopicDescription) -> None:
@@ -164,6 +265,8 @@ class FileSource:
         self._values: Iterator[tuple[int, bytes]] = iter(())
         self.identity = TopicDescription(None, str(path), None, (0,))
         self.exhausted = False
+        self.lost_records = 0
+        self.broker_up = True
 
     def open(self, progress: Progress) -> None:
         """Begins after the records that `progress` covers."""
