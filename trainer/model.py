@@ -172,7 +172,8 @@ class Model(nn.Module):
     def components(self, mixture: Mixture) -> Components:
         """What `forward` gave, in the form that `trainer.predictive` answers from."""
         scales = mixture.log_scales.exp()
-        return Components(mixture.log_weights, mixture.means, scales, self.labels.mean, self.labels.sd)
+        mean = self.labels.mean.clone()  # which moves with the next batch
+        return Components(mixture.log_weights, mixture.means, scales, mean, self.labels.sd)
 
     @torch.no_grad()
     def observe(self, numeric: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
