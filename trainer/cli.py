@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from trainer import cli_dead_letters, cli_snapshots
+from trainer.cli_evaluate import evaluate
 from trainer.command import ConfigFile, explained, load_settings, say
 
 
@@ -28,9 +29,10 @@ def train(config: ConfigFile) -> None:
     5 snapshots, 130 a second signal.
     """
     _stop_cleanly_while_starting()
+    settings = load_settings(config)  # before the imports that take seconds: a typo is better heard of now
     from trainer.process import run
 
-    run(load_settings(config))
+    run(settings)
 
 
 @explained
@@ -100,7 +102,7 @@ def _stop_cleanly_while_starting() -> None:
 
 def register(app: typer.Typer) -> None:
     """Adds the trainer's commands to an application."""
-    for command in (train, check, publish, dataset):
+    for command in (train, check, publish, evaluate, dataset):
         app.command()(command)
     app.add_typer(cli_snapshots.app, name="snapshots")
     app.add_typer(cli_dead_letters.app, name="dead-letters")
