@@ -38,16 +38,24 @@ class Parts(NamedTuple):
 class _Save(NamedTuple):
     """A snapshot on its way to the disk."""
 
-    future: Future[Manifest]
+    future: Future["_Written"]
     progress: Progress
     began_s: float
+    copied_s: float  # how long training stood still for the copy
+
+
+class _Written(NamedTuple):
+    """A snapshot on the disk."""
+
+    manifest: Manifest
+    processor_s: float  # taken from whoever else wants the processor, training too; waiting for the disk is not
 
 
 class Checkpoint:
     """Progress by partition, and the snapshots that make it durable together with the learner's state.
 
     Snapshots are written on a thread of their own from a copied state, one at a time, at least `store.interval_s`
-    apart and so far apart that saving takes at most a twentieth of the time.
+    apart and so far apart that saving takes at most a twentieth of the training's time.
 
     Attributes:
         progress: what the learner's state covers.
@@ -86,6 +94,7 @@ class Checkpoint:
                 "put the setting back, or give the new model its own store.url"
             ) from error
         self._generation = snapshot.manifest.generation
+        self._parts.metrics.resumed(snapshot.manifest)
         self.progress = dict(snapshot.manifest.partitions)
         self.durable = self.progress
         log.info("resumed", version=snapshot.manifest.version, samples=snapshot.manifest.samples)
@@ -143,34 +152,40 @@ class Checkpoint:
         try:
             self._parts.dead_letters.flush()
         except PublishError as error:
+            self._parts.metrics.save_failed()
             self._failed(str(error))
             return
+        began_copy = time.monotonic()
         state, model = self._parts.learner.state_dict(), self._parts.learner.inference_state()
-        future = self._writer.submit(self._write, self._manifest(), model, state)
-        self._save = _Save(future, self.progress, began)
+        manifest = self._manifest()
+        copied_s = time.monotonic() - began_copy
+        self._save = _Save(self._writer.submit(self._write, manifest, model, state), self.progress, began, copied_s)
 
-    def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> Manifest:
+    def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> _Written:
         """Writes a snapshot and removes those no longer kept; on the writer's thread."""
+        began = time.thread_time()
         written = self._parts.store.write(manifest, model, state)
         try:
             self._parts.store.prune(time.time())
         except (OSError, SnapshotError) as error:
             log.warning("old snapshots are still there", reason=str(error))
-        return written
+        return _Written(written, time.thread_time() - began)
 
     def _finish(self, save: _Save) -> None:
         self._save = None
         try:
-            manifest = save.future.result()
+            manifest, processor_s = save.future.result()
         except OSError as error:
             self._parts.metrics.save_failed()
             self._failed(f"the snapshot could not be written to {self._parts.store.path}: {error}")
             return
-        seconds = time.monotonic() - save.began_s
-        self._next_s = save.began_s + max(self._settings.store.interval_s, seconds / LARGEST_SHARE)
+        cost_s = save.copied_s + processor_s
+        self._next_s = save.began_s + max(self._settings.store.interval_s, cost_s / LARGEST_SHARE)
         self.durable = save.progress
         self._parts.source.commit(save.progress)
-        self._parts.metrics.saved(manifest.version, sum(f.bytes for f in manifest.files.values()), seconds)
+        self._parts.metrics.saved(
+            manifest.version, sum(f.bytes for f in manifest.files.values()), time.monotonic() - save.began_s
+        )
         if self._failing:
             self._failing = ""
             log.info("snapshots are written again", version=manifest.version)

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from trainer.batching import Batch
 from trainer.errors import ConfigError
 from trainer.learner import Readings
+from trainer.snapshot import Manifest
 
 PREFIX: Final = "tailstream_"
 RATE_WEIGHT: Final = 0.3  # of the newest interval in the fading rate
@@ -43,7 +44,7 @@ class TrainerMetrics:
         self._samples = counter("train_samples", "Rows learned from.")
         self._rate = gauge("train_samples_per_second", "Fading rate of rows learned from.")
         self._batches = counter("train_batches", "Batches learned from.")
-        self._steps = counter("train_steps", "Optimiser steps taken since the model began.")
+        self._steps = counter("train_steps", "Optimiser steps taken.")
         self._step_s = Histogram(
             f"{PREFIX}train_step_seconds",
             "Time to predict, learn and replay one batch.",
@@ -79,6 +80,11 @@ class TrainerMetrics:
                 f"trainer.metrics_host and metrics_port: {host}:{port} cannot be bound: {error.strerror or error}"
             ) from error
         return int(server.server_port)
+
+    def resumed(self, manifest: Manifest) -> None:
+        """Begins where a snapshot ended: counters count what this process does, as Prometheus expects."""
+        self._counted = {self._steps: manifest.step, self._nonfinite: manifest.nonfinite_steps}
+        self.newest_append_s = manifest.newest_append_s
 
     def trained(self, batch: Batch, seconds: float) -> None:
         """Counts a batch and how long it took."""

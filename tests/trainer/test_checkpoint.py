@@ -277,6 +277,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        self.processor_s = 0.0
 
     def monotonic(self) -> float:
         return self.now_s
@@ -284,12 +285,22 @@ class Clock:
     def time(self) -> float:
         return 1.8e9 + self.now_s
 
+    def thread_time(self) -> float:
+        return self.processor_s
+
 
 @pytest.mark.parametrize(
-    ("interval_s", "writing_s", "apart_s"), [(0.5, 0.001, 0.5), (0.5, 2.0, 40.0), (60.0, 2.0, 60.0)]
+    ("interval_s", "writing_s", "busy", "apart_s"),
+    [(0.5, 0.001, 1.0, 0.5), (0.5, 2.0, 1.0, 40.0), (60.0, 2.0, 1.0, 60.0), (0.5, 2.0, 0.1, 4.0)],
 )
 def test_saves_are_so_far_apart_that_they_take_a_twentieth_of_the_time(
-    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, interval_s: float, writing_s: float, apart_s: float
+    tmp_path: Path,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interval_s: float,
+    writing_s: float,
+    busy: float,
+    apart_s: float,
 ) -> None:
     clock = Clock()
     monkeypatch.setattr("trainer.checkpoint.time", clock)
@@ -300,6 +311,9 @@ def test_saves_are_so_far_apart_that_they_take_a_twentieth_of_the_time(
     def slow(*args: object) -> object:
         began.append(clock.now_s)
         clock.now_s += writing_s
+        clock.processor_s += (
+            busy * writing_s
+        )  # the rest of the time the disk is waited for, which costs training nothing
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trainer.store, "write", slow)

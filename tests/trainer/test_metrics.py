@@ -5,6 +5,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
+from tests.trainer.stream import make_manifest, make_settings
 from trainer.batching import Batch, PartitionProgress, Record, Rejection
 from trainer.errors import ConfigError, RecordError
 from trainer.learner import Readings
@@ -133,3 +134,10 @@ def test_they_are_answered_over_http(metrics: TrainerMetrics) -> None:
     port = metrics.serve("127.0.0.1", 0)
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         assert b"tailstream_train_samples_total 32.0" in answer.read()
+
+
+def test_after_a_resume_counters_count_what_this_process_did(metrics: TrainerMetrics) -> None:
+    metrics.resumed(make_manifest(make_settings(), step=10, nonfinite_steps=1, newest_append_s=77.0))
+    metrics.read(READINGS, 12, {}, 0)
+    assert (value(metrics, "train_steps_total"), value(metrics, "nonfinite_steps_total")) == (2, 1)
+    assert metrics.newest_append_s == 77.0
