@@ -1,11 +1,8 @@
 """Every record enters the state exactly once, whatever is killed: real brokers, real processes, real signals."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,71 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.batching import CHECKSUM_MODULUS, Record
-from trainer.config import Settings, load
+from tests.rig import Trainer, bits, each_once, newest, read_all, rows, send, wait_until_consumed
+from trainer.batching import Record
+from trainer.config import load
 from trainer.dead_letter import HEADER_PREFIX
-from trainer.kafka_client import Consumer, Producer, create_topic, describe_topic
-from trainer.publish import publish
-from trainer.schema import FeatureSchema
-from trainer.snapshot import Snapshot, SnapshotStore
-
-WAIT_S = 60.0
-STARTED = "trainer started"
-
-
-def rows(count: int, seed: int = 0) -> list[bytes]:
-    """Skewed prices that depend on the features, a record each."""
-    random_ = random.Random(seed)
-    values = []
-    for number in range(count):
-        size, kind = random_.expovariate(1.0), random_.choice("abc")
-        price = 10 * size + {"a": 0, "b": 5, "c": 40}[kind] + random_.gauss(0, 1)
-        record = {"id": number, "size": size, "age": random_.choice([None, 1, 2.5]), "kind": kind, "price": price}
-        values.append(json.dumps(record).encode())
-    return values
-
-
-def send(settings: Settings, values: list[bytes], partitions: int = 1) -> None:
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
-    assert publish(settings, schema, values, partitions=partitions).sent == len(values)
-
-
-def start_trainer(config: Path) -> subprocess.Popen[bytes]:
-    """A trainer that handles signals; its log is beside its configuration."""
-    path = config.with_suffix(".log")
-    with path.open("ab") as log:
-        begun = path.read_text().count(STARTED)
-        trainer = subprocess.Popen([sys.executable, "-m", "trainer", "--config", str(config)], stderr=log, stdout=log)
-    deadline = time.monotonic() + WAIT_S
-    while path.read_text().count(STARTED) == begun and trainer.poll() is None:
-        assert time.monotonic() < deadline, "the trainer did not start"
-        time.sleep(0.02)
-    return trainer
-
-
-def newest(settings: Settings) -> Snapshot | None:
-    snapshot, faults = SnapshotStore(settings.store.path).newest(training=True)
-    assert faults == []
-    return snapshot
-
-
-def wait_until_consumed(settings: Settings, records: int, trainer: subprocess.Popen[bytes]) -> Snapshot:
-    """The first snapshot that covers so many records."""
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        snapshot = newest(settings)
-        if snapshot is not None:
-            parts = snapshot.manifest.partitions.values()
-            if sum(p.trained + p.rejected + p.skipped for p in parts) >= records:
-                return snapshot
-        assert trainer.poll() is None, "the trainer ended by itself"
-        time.sleep(0.02)
-    raise AssertionError(f"{records} records were not consumed in {WAIT_S} s")
-
-
-def stop(trainer: subprocess.Popen[bytes]) -> int:
-    trainer.send_signal(signal.SIGTERM)
-    return trainer.wait(30)
+from trainer.kafka_client import Producer, create_topic
 
 
 def test_a_killed_trainer_ends_with_the_same_weights_as_an_undisturbed_one(
@@ -92,33 +29,27 @@ def test_a_killed_trainer_ends_with_the_same_weights_as_an_undisturbed_one(
 
     kills = 0
     for share in (0.1, 0.6):
-        trainer = start_trainer(config)
+        trainer = Trainer(config)
         wait_until_consumed(settings, int(share * count), trainer)
         time.sleep(random_.uniform(0, 0.1))
         trainer.kill()
-        trainer.wait()
         kills += 1
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     killed = wait_until_consumed(settings, count, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
 
     undisturbed_config = write_config(
         broker, topic=settings.kafka.topic, store="undisturbed", more="batch.max_wait_s = 600"
     )
-    trainer = start_trainer(undisturbed_config)
+    trainer = Trainer(undisturbed_config)
     undisturbed = wait_until_consumed(load(undisturbed_config), count, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
 
     assert kills == 2
     assert killed.manifest.partitions == undisturbed.manifest.partitions
     assert killed.training.keys() == undisturbed.training.keys()
     for name, tensor in undisturbed.training.items():
         assert torch.equal(bits(killed.training[name]), bits(tensor)), name
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor: NaN equals itself, and 0 does not equal -0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def test_counters_show_every_offset_of_every_partition_exactly_once(
@@ -129,22 +60,17 @@ def test_counters_show_every_offset_of_every_partition_exactly_once(
     count = 6000
     send(settings, rows(count), partitions=4)
     for share in (0.2, 0.6):
-        trainer = start_trainer(config)
+        trainer = Trainer(config)
         wait_until_consumed(settings, int(share * count), trainer)
         trainer.kill()
-        trainer.wait()
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     snapshot = wait_until_consumed(settings, count, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
 
     parts = snapshot.manifest.partitions
     assert sorted(parts) == [0, 1, 2, 3]
     assert sum(part.trained for part in parts.values()) == count == snapshot.manifest.samples
-    for part in parts.values():
-        offsets = range(part.next_offset)
-        assert part.trained == part.next_offset
-        assert part.offset_sum == sum(offsets) % CHECKSUM_MODULUS
-        assert part.offset_square_sum == sum(o * o for o in offsets) % CHECKSUM_MODULUS
+    assert all(each_once(part) for part in parts.values())
 
 
 def test_bad_records_become_dead_letters_that_say_why_and_no_good_one_is_lost(
@@ -170,9 +96,9 @@ def test_bad_records_become_dead_letters_that_say_why_and_no_good_one_is_lost(
     producer.flush()
     producer.close()
 
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     snapshot = wait_until_consumed(settings, len(good) + len(bad) + 1, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
     (part,) = snapshot.manifest.partitions.values()
     assert (part.trained, part.rejected, part.skipped) == (len(good), len(bad), 1)
 
@@ -195,25 +121,11 @@ def source_offset(letter: Record) -> int:
     return int(dict(letter.headers)[f"{HEADER_PREFIX}offset"])
 
 
-def read_all(settings: Settings, topic: str, count: int) -> list[Record]:
-    kafka = settings.kafka.model_copy(update={"topic": topic})
-    consumer = Consumer(kafka)
-    try:
-        consumer.assign(dict.fromkeys(describe_topic(kafka, topic).partitions, 0))
-        found: list[Record] = []
-        deadline = time.monotonic() + 10
-        while len(found) < count and time.monotonic() < deadline:
-            found += consumer.poll(100, 0.2)
-        return found
-    finally:
-        consumer.close()
-
-
 def test_a_second_signal_ends_the_trainer_at_once(embedded_broker: str, write_config: Callable[..., Path]) -> None:
     config = write_config(embedded_broker)
     settings = load(config)
     send(settings, rows(200))
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     wait_until_consumed(settings, 192, trainer)
     os.kill(trainer.pid, signal.SIGSTOP)  # so that both signals are pending before either is handled
     os.kill(trainer.pid, signal.SIGTERM)
@@ -226,14 +138,14 @@ def test_a_second_signal_ends_the_trainer_at_once(embedded_broker: str, write_co
 def test_a_topic_that_does_not_exist_yet_is_waited_for(broker: str, write_config: Callable[..., Path]) -> None:
     config = write_config(broker, more="batch.max_wait_s = 0.05")
     settings = load(config)
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     log = config.with_suffix(".log")
     deadline = time.monotonic() + 30
     while "waiting for the topic" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     send(settings, rows(100))
     wait_until_consumed(settings, 100, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
     assert log.read_text().count("waiting for the topic") == 1
 
 
@@ -243,15 +155,15 @@ def test_a_recreated_topic_is_refused(broker: str, write_config: Callable[..., P
     config = write_config(broker, more="batch.max_wait_s = 0.05")
     settings = load(config)
     send(settings, rows(100))
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     wait_until_consumed(settings, 100, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
     admin = kafka.KafkaAdminClient(bootstrap_servers=[broker])
     admin.delete_topics([settings.kafka.topic])
     admin.close()
     time.sleep(1)
     send(settings, rows(100))
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     assert trainer.wait(30) == 4
     assert "topic_id" in config.with_suffix(".log").read_text()
 
@@ -263,15 +175,15 @@ def test_expired_offsets_stop_the_trainer_with_both_offsets(real_kafka: str, wri
     config = write_config(real_kafka, more="batch.max_wait_s = 0.05")
     settings = load(config)
     send(settings, rows(100))
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     wait_until_consumed(settings, 100, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
     send(settings, rows(300))
     admin = kafka.KafkaAdminClient(bootstrap_servers=[real_kafka])
     admin.delete_records({kafka.TopicPartition(settings.kafka.topic, 0): 250})
     admin.close()
 
-    trainer = start_trainer(config)
+    trainer = Trainer(config)
     assert trainer.wait(30) == 4
     message = config.with_suffix(".log").read_text()
     assert "partition 0 begins at 250, next to read is 100" in message
@@ -280,8 +192,8 @@ def test_expired_offsets_stop_the_trainer_with_both_offsets(real_kafka: str, wri
     forgiving = write_config(
         real_kafka, topic=settings.kafka.topic, more='batch.max_wait_s = 0.05\nkafka.on_lost_offsets = "earliest"'
     )
-    trainer = start_trainer(forgiving)
+    trainer = Trainer(forgiving)
     snapshot = wait_until_consumed(load(forgiving), 100 + 150, trainer)
-    assert stop(trainer) == 0
+    assert trainer.stop() == 0
     assert snapshot.manifest.partitions[0].next_offset == 400
     assert snapshot.manifest.partitions[0].trained == 250
