@@ -93,7 +93,7 @@ def drop_masked(labels: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Ten
 def all_finite(*tensors: Tensor) -> bool:
     """Whether every value is finite, on a CPU only; may say no where a sum overflows."""
     with torch.no_grad():
-        return math.isfinite(sum(float(t.sum()) for t in tensors))
+        return math.isfinite(float(torch.cat([t.flatten() for t in tensors]).sum()))
 
 
 def labels_of_other_ranks(target: Tensor) -> Tensor | None:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of one tile (rows x candidates). On a CPU the few buffers of a tile then stay in the second-level cache, and
-# a training step's rows are one tile; a CUDA device needs large tiles to fill it, and at this size holds 64 MiB a buffer.
+# Elements of one tile (rows x candidates). On a CPU a training step's rows are then one tile, whose few buffers stay in
+# the cache; a CUDA device needs large tiles to fill it, and at this size holds 64 MiB a buffer.
 CPU_TILE_ELEMENTS = 1 << 16
 DEVICE_TILE_ELEMENTS = 1 << 24
 
@@ -108,8 +108,8 @@ def _moments_1d(
         parts = _tile_1d(*columns, labels, log_weights, variance, peak_is_zero, with_excess)
     else:
         tiles = [
-            _tile_1d(*part, labels, log_weights, variance, peak_is_zero, with_excess)
-            for part in zip(*(column.split(rows) for column in columns), strict=True)
+            _tile_1d(r, m, rest, labels, log_weights, variance, peak_is_zero, with_excess)
+            for r, m, rest in zip(*(torch.split(column, rows) for column in columns), strict=True)
         ]
         parts = tuple(torch.cat(part) for part in zip(*tiles, strict=True))
     return SoftmaxMoments(*columns, parts[0], parts[1], parts[2] if with_excess else None)

@@ -22,10 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
-from trainer.losses.dense_softmax import LOWEST_EXPONENT
+from trainer.losses.mixture_softmax import mixture_moments
 from trainer.losses.rows import Reduction, finite_rows, reduce_rows
 
-CPU_TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 1 << 18, 1 << 25  # rows x candidates x components
 LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 LOCATION_WEIGHT = 2.0  # without the squared term a mixture explains the marginal before it learns the location
 
@@ -50,8 +49,8 @@ class Mixture(NamedTuple):
         with torch.no_grad():
             weights = self.log_weights.exp()
             mean = (weights * self.means).sum(1, keepdim=True)
-            variance = weights * (torch.exp(2 * self.log_scales) + (self.means - mean).square())
-            return variance.sum(1).sqrt()
+            gap = self.means - mean
+            return torch.addcmul((2 * self.log_scales).exp_(), gap, gap).mul_(weights).sum(1).sqrt_()
 
 
 def mixture_log_density(mixture: Mixture, labels: Tensor) -> Tensor:
@@ -151,31 +150,34 @@ def _density_loss(
     reduction: Reduction,
 ) -> Tensor:
     """Mask what is not finite, and reduce the losses of the rows; without candidates they are likelihoods."""
-    labels, log_weights = (target, None) if candidates is None else candidates
-    keep, clean = None, False
+    labels, log_weights = (None, None) if candidates is None else candidates
+    keep = None
     # Only a CPU may look at the numbers, and then spares the common case all masking.
-    if target.device.type == "cpu":
-        labels, log_weights = drop_masked(labels, log_weights)
+    clean = target.device.type == "cpu"
+    if clean:
+        if labels is not None:
+            labels, log_weights = drop_masked(labels, log_weights)
         with torch.no_grad():
-            clean = all_finite(*mixture, labels) and (log_weights is None or all_finite(log_weights))
+            parts = (*mixture, target) if labels is None else (*mixture, target, labels)
+            clean = all_finite(*parts) and (log_weights is None or all_finite(log_weights))
     if not clean:
         keep = finite_rows(*(part.detach() for part in mixture), target)
-        labels, log_weights = mask_candidates(labels, log_weights)
+        if labels is not None:
+            labels, log_weights = mask_candidates(labels, log_weights)
         mixture = Mixture(*(torch.where(keep if part.dim() == 1 else keep[:, None], part, 0) for part in mixture))
         target = torch.where(keep, target, 0)
     scale = mixture.spread() if row_scale is None else row_scale.detach()
     if weights is not None:
         scale = scale * (weights.detach() if keep is None else torch.where(keep, weights.detach(), 0))
-    loss: Tensor = _DensityLoss.apply(  # type: ignore[no-untyped-call]
-        *mixture, target, None if candidates is None else labels, log_weights, scale, location_weight
-    )
+    average = keep is None and reduction == "mean"
+    loss: Tensor = _DensityLoss.apply(*mixture, target, labels, log_weights, scale, location_weight, average)  # type: ignore[no-untyped-call]
     if keep is not None:
         return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
-    return loss.mean() if reduction == "mean" else reduce_rows(loss, target.isfinite(), reduction)
+    return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
 
 
 class _DensityLoss(torch.autograd.Function):
-    """Losses of the rows, (B,): scale (log normaliser - log h(y_i | x_i)) + location_weight (f_i - y_i)^2."""
+    """scale (log normaliser - log h(y_i | x_i)) + location_weight (f_i - y_i)^2 of the rows, (B,), or the mean."""
 
     @staticmethod
     def forward(
@@ -189,52 +191,44 @@ class _DensityLoss(torch.autograd.Function):
         log_weights: Tensor | None,
         scale: Tensor,
         location_weight: float,
+        average: bool,
     ) -> Tensor:
-        precision = torch.exp(-log_scales)
-        constant = log_pi - log_scales - LOG_SQRT_2_PI
-        z = (target[:, None] - means) * precision
-        exponent = torch.addcmul(constant, z, z, value=-0.5)
-        surprise = -exponent.logsumexp(1)
-        share = (exponent + surprise[:, None]).exp_()  # responsibilities for the own label
-        zeroth, first = -share, -share * z
-        second = first * z
-        if labels is not None:
-            log_normaliser, moments = _normaliser(means, precision, constant, labels, log_weights)
-            surprise = surprise + log_normaliser
-            zeroth, first, second = moments[0] + zeroth, moments[1] + first, moments[2] + second
+        precision = (log_scales * -2).exp_()
+        base = log_pi - log_scales
+        distance = target[:, None] - means
+        square = distance * distance
+        exponent = torch.addcmul(base, square, precision, value=-0.5)
+        peak = exponent.amax(1, keepdim=True)
+        own = exponent.sub_(peak).exp_()
+        total = own.sum(1, keepdim=True)
+        log_own = total.log().add_(peak)[:, 0]
+        rows = 1 / len(target) if average else 1.0
+        column = scale[:, None] * rows if scale.dim() else scale * rows
+        own.mul_(column / total)  # responsibilities for the own label, times the row's factor
+        if labels is None:
+            surprise = LOG_SQRT_2_PI - log_own
+            by_log_pi, first, second = -own, -own * distance, -own * square
+        else:
+            log_sum, *moments = mixture_moments(base, means, precision, labels, log_weights)
+            surprise = log_sum - log_own
+            by_log_pi, first, second = (moment.mul_(column) for moment in moments)
+            by_log_pi.sub_(own)
+            first.addcmul_(own, distance, value=-1)
+            second.addcmul_(own, square, value=-1)
         error = location - target
-        column = scale.expand_as(target)[:, None]
         ctx.save_for_backward(
-            column * zeroth, column * first * precision, column * (second - zeroth), 2 * location_weight * error
+            by_log_pi,
+            first.mul_(precision),
+            second.mul_(precision).sub_(by_log_pi),
+            error * (2 * location_weight * rows),
         )
-        return scale * surprise + location_weight * error.square()
+        if not average:
+            return torch.addcmul(scale * surprise, error, error, value=location_weight)
+        return torch.addcmul(scale * surprise, error, error, value=location_weight).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        by_log_pi, by_means, by_log_scales, by_location = ctx.saved_tensors
-        column = grad[:, None]
-        return (column * by_log_pi, column * by_means, column * by_log_scales, grad * by_location, *[None] * 5)
-
-
-def _normaliser(
-    means: Tensor, precision: Tensor, constant: Tensor, labels: Tensor, log_weights: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Log of the candidates' sum (B,), and their E[1], E[z], E[z^2] (3, B, K).
-
-    From means, 1 / scales and log peaks of the components (B, K), candidates (N,) and their log weights (N,).
-    """
-    elements = CPU_TILE_ELEMENTS if labels.device.type == "cpu" else DEVICE_TILE_ELEMENTS
-    rows = max(1, elements // (len(labels) * means.shape[1]))
-    log_sums, moments = [], []
-    for mean, inverse, base in zip(*(torch.split(x, rows) for x in (means, precision, constant)), strict=True):
-        z = (labels - mean[:, :, None]).mul_(inverse[:, :, None])  # (R, K, N)
-        base = base[:, :, None] if log_weights is None else base[:, :, None] + log_weights
-        part = torch.addcmul(base, z, z, value=-0.5)
-        peak = part.amax((1, 2), keepdim=True)
-        part.sub_(peak).clamp_(min=LOWEST_EXPONENT).exp_()
-        moment = torch.stack([part.sum(2), part.mul_(z).sum(2), part.mul_(z).sum(2)])
-        total = moment[0].sum(1)
-        log_sums.append(total.log() + peak[:, 0, 0])
-        moments.append(moment / total[:, None])
-    return torch.cat(log_sums), torch.cat(moments, 1)
+        *by_components, by_location = ctx.saved_tensors
+        column = grad[:, None] if grad.dim() else grad
+        return (*(column * part for part in by_components), grad * by_location, *[None] * 6)

@@ -36,7 +36,8 @@ def make_case(kind: str, rows: int, memory: int, seed: int) -> tuple[Tensor, Ten
     """Predictions, labels, memory and the labels' sd; 1% of predictions and of labels lie 30 sd off."""
     generator = torch.Generator().manual_seed(seed)
     labels = make_labels(kind, rows + memory, generator)
-    sd = float(labels.std()) if rows + memory > 1 and float(labels.std()) > 0 else 1.0
+    # The deviation of labels that are all the same is rounding, and no unit to measure anything in.
+    sd = float(labels.std()) if bool((labels != labels[0]).any()) else 1.0
     target, rest = labels[:rows].clone(), labels[rows:]
     pred = target + 0.5 * sd * torch.randn(rows, generator=generator)
     pred[rows // 2 :: 100] += 30 * sd
