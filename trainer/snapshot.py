@@ -13,8 +13,8 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from trainer.batching import PartitionProgress
-from trainer.config import Settings
+from trainer.config import LearnerSettings, ModelSettings, Settings
 from trainer.errors import SnapshotCorrupt, SnapshotError, SnapshotMismatch, StoreLocked
 
 FORMAT_VERSION: Final = 1
@@ -291,13 +291,13 @@ class SnapshotStore:
         return manifest
 
     def prune(self, now_s: float) -> list[int]:
-        """Removes all but the newest five, the first of each hour of the last day, and the active one.
+        """Removes all but the newest five, the newest healthy one, the first of each hour of the last day, the active.
 
         Returns:
             The versions removed.
         """
         versions = self.versions()
-        keep = {*versions[-KEEP_NEWEST:], self.active()}
+        keep = {*versions[-KEEP_NEWEST:], self._newest_healthy(versions), self.active()}
         hours: set[int] = set()
         for version in versions:
             try:
@@ -314,6 +314,14 @@ class SnapshotStore:
             (folder / MANIFEST_FILE).unlink(missing_ok=True)  # first, so that a half-removed folder does not exist
             shutil.rmtree(folder, ignore_errors=True)
         return removed
+
+    def _newest_healthy(self, versions: Sequence[int]) -> int | None:
+        """What a service that starts now would answer with, however long ago the model went astray."""
+        for version in reversed(versions):
+            with suppress(SnapshotCorrupt):
+                if self.manifest(version).healthy:
+                    return version
+        return None
 
     def active(self) -> int | None:
         """The version that the service has pinned, None where it follows the newest."""
@@ -350,7 +358,10 @@ def described(source: Manifest | Settings) -> dict[str, Any]:
         schema = source.record_schema.model_dump(mode="json")
         model, learner = source.model.model_dump(mode="json"), source.learner.model_dump(mode="json")
     else:
-        schema, model, learner = source.record_schema, source.model, source.learner
+        # A store from before a setting was there was made as that setting's default says.
+        schema = source.record_schema
+        model = {**ModelSettings().model_dump(mode="json"), **source.model}
+        learner = {**LearnerSettings().model_dump(mode="json"), **source.learner}
     return {
         "task": source.task,
         "schema.label": schema.get("label"),

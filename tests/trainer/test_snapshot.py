@@ -231,6 +231,13 @@ def test_the_newest_five_one_an_hour_for_a_day_and_the_active_one_are_kept(store
     assert all(store.load(version, training=True) for version in store.versions())
 
 
+def test_the_newest_healthy_one_is_kept_however_long_ago_the_model_went_astray(store: SnapshotStore) -> None:
+    for number in range(12):
+        aged(store, write(store, healthy=number == 1).version, 2e9, 1e9)
+    store.prune(2e9)
+    assert store.versions() == [2, 8, 9, 10, 11, 12]
+
+
 def test_few_snapshots_are_all_kept_however_old(store: SnapshotStore) -> None:
     for _ in range(KEEP_NEWEST):
         aged(store, write(store).version, 2e9, 1e9)
@@ -355,3 +362,11 @@ def test_settings_that_are_tables_or_lists_compare_after_a_trip_through_json() -
         schema={"features": {"v": {"kind": "vector", "size": 3}, "c": {"kind": "categorical", "buckets": 9}}},
     )
     check_fits(Manifest.model_validate_json(make_manifest(settings).model_dump_json()), settings)
+
+
+def test_a_store_from_before_a_setting_was_there_fits_its_default() -> None:
+    stored = make_manifest(SETTINGS)
+    older = stored.model_copy(update={"model": {k: v for k, v in stored.model.items() if k != "components"}})
+    check_fits(older, SETTINGS)
+    with pytest.raises(SnapshotMismatch, match=r"model\.components: the store has 4"):
+        check_fits(older, make_settings(model={"components": 3}))
