@@ -147,3 +147,30 @@ def test_many_rows_take_several_tiles() -> None:
     torch.testing.assert_close(loss, right)
     for a, b in zip(torch.autograd.grad(loss, head), torch.autograd.grad(right, head), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("distance", [0.0, 3.0, 100.0])
+def test_narrow_components_near_and_far_from_every_label(distance: float) -> None:
+    # Far away every term is lost beside its component's peak, so the largest exponent has to be looked for.
+    generator = torch.Generator().manual_seed(10)
+    target, memory = torch.randn(200, generator=generator).split([40, 160])
+    head = make_head(40, 4, seed=11, dtype=torch.float32)
+    with torch.no_grad():
+        head[2].fill_(0.05).log_()
+        head[3].copy_(target + distance)
+        head[1].mul_(0.1)
+    exact = [x.detach().double().requires_grad_() for x in head]
+    loss = density_bmc_loss(mixture_of(head), target, memory=memory, location_weight=0.0)
+    # The head in float32 rounds its means; what is compared is the loss of those.
+    mixture = mixture_of(head)
+    means = mixture.means.detach().double().requires_grad_()
+    right_mixture = Mixture(torch.log_softmax(exact[0], 1), means, exact[2], exact[3])
+    logits = mixture_log_density(right_mixture, torch.cat([target, memory]).double())
+    right = (right_mixture.spread() * F.cross_entropy(logits, torch.arange(40), reduction="none")).mean()
+    torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=1e-6)
+    for part, whole in zip(
+        torch.autograd.grad(loss, (head[0], head[1], head[2])),
+        torch.autograd.grad(right, (exact[0], means, exact[2])),
+        strict=True,
+    ):
+        assert bool(((part.double() - whole).abs() <= 1e-5 * (whole.abs() + whole.abs().max()) + 1e-12).all())
