@@ -35,7 +35,8 @@ def candidate_labels(
     labels = [target] if others is None else [target, others]
     weights = None
     if memory is not None and len(memory):
-        memory = memory.detach().to(target.dtype)
+        memory = memory.detach() if memory.requires_grad else memory
+        memory = memory if memory.dtype == target.dtype else memory.to(target.dtype)
         memory = memory[:, 0] if memory.dim() == 2 and memory.shape[1] == 1 else memory
         if memory.shape[1:] != target.shape[1:]:
             raise ValueError(f"memory {tuple(memory.shape)} does not hold labels like those of {tuple(target.shape)}")
@@ -93,7 +94,7 @@ def drop_masked(labels: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Ten
 def all_finite(*tensors: Tensor) -> bool:
     """Whether every value is finite, on a CPU only; may say no where a sum overflows."""
     with torch.no_grad():
-        return math.isfinite(float(torch.cat([t.flatten() for t in tensors]).sum()))
+        return math.isfinite(sum(float(t.sum()) for t in tensors))
 
 
 def labels_of_other_ranks(target: Tensor) -> Tensor | None:

@@ -157,9 +157,8 @@ def _density_loss(
     if clean:
         if labels is not None:
             labels, log_weights = drop_masked(labels, log_weights)
-        with torch.no_grad():
-            parts = (*mixture, target) if labels is None else (*mixture, target, labels)
-            clean = all_finite(*parts) and (log_weights is None or all_finite(log_weights))
+        clean = _is_finite(mixture, target if labels is None else labels)
+        clean = clean and (log_weights is None or all_finite(log_weights))
     if not clean:
         keep = finite_rows(*(part.detach() for part in mixture), target)
         if labels is not None:
@@ -174,6 +173,14 @@ def _density_loss(
     if keep is not None:
         return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
     return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
+
+
+def _is_finite(mixture: Mixture, labels: Tensor) -> bool:
+    """Whether all numbers are finite, on a CPU only; may say no where a product or a sum overflows."""
+    with torch.no_grad():
+        # A product is not finite if a factor is not, even beside 0: one sum for three matrices.
+        components = torch.addcmul(mixture.log_weights, mixture.means, mixture.log_scales).sum()
+        return math.isfinite(float(components) + float(mixture.location.sum()) + float(labels.sum()))
 
 
 class _DensityLoss(torch.autograd.Function):
