@@ -7,13 +7,17 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 ARGS   ?=
 JSON   ?=
+KILLS      ?= 100
+RECORDS    ?= 200000
+PARTITIONS ?= 1
+SECONDS    ?= 3600
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-synthetic test-compose up down clean
+.PHONY: help install demo test check format bench bench-bmc bench-synthetic chaos faults fuzz soak test-compose up down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +53,18 @@ bench-bmc: install ## Time, memory and error of the BMC loss (JSON=FILE)
 
 bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.synthetic $(json)
+
+chaos: install ## Kill trainers and compare with one undisturbed (KILLS=100 RECORDS=200000 PARTITIONS=1 JSON=FILE)
+	$(bin)/python -m tests.faults.chaos --kills $(KILLS) --records $(RECORDS) --partitions $(PARTITIONS) $(json)
+
+faults: install ## Do to broker, topic, disk and snapshots what can be done to them (JSON=FILE); needs root
+	$(bin)/python -m tests.faults $(json)
+
+fuzz: install ## Send records no one would send (JSON=FILE)
+	$(bin)/python -m tests.faults.fuzz $(json)
+
+soak: install ## All of that at random (SECONDS=3600); needs root
+	$(bin)/python -m tests.faults.soak --seconds $(SECONDS)
 
 test-compose: install ## Bring the whole stack up in Docker, use it, kill a part, bring it down (JSON=FILE)
 	$(bin)/python -m tests.compose $(json)

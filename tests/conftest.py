@@ -78,7 +78,7 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
         for line in more.splitlines():
             key, _, value = line.partition("=")
             table, _, name = key.strip().rpartition(".")
-            text = _set(text, table, name, value.strip())
+            text = set_in(text, table, name, value.strip())
         path = tmp_path / f"{store}.toml"
         path.write_text(text)
         return path
@@ -94,7 +94,7 @@ def settings_for(write_config: Callable[..., Path]) -> Callable[..., Settings]:
     return make
 
 
-def _set(text: str, table: str, name: str, value: str) -> str:
+def set_in(text: str, table: str, name: str, value: str) -> str:
     """The TOML text with `name = value` in a table, in place of what was there."""
     lines = text.splitlines()
     start = lines.index(f"[{table}]") + 1 if table else 0

@@ -1,0 +1,188 @@
+"""Everything at random for a long time: `python -m tests.faults.soak --seconds 3600` prints one table at the end."""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.case import Ground
+from tests.faults.chaos import progress
+from tests.faults.fuzz import fuzzed
+from tests.faults.place import ground_or_leave
+from tests.faults.stores import small_disk
+from tests.rig import Trainer, rows, wait_until
+from trainer.audit import verify
+from trainer.batching import CHECKSUM_MODULUS
+from trainer.config import load
+from trainer.kafka_client import Producer, create_topic
+from trainer.letter_replay import read_letters
+from trainer.snapshot import SnapshotStore
+
+
+class Soak:
+    """A trainer on a topic and a disk of its own, and things to do to them."""
+
+    def __init__(self, ground: Ground, disk: Path, seed: int) -> None:
+        self._ground = ground
+        self._random = random.Random(seed)
+        self._disk = disk
+        config = ground.config()
+        config.write_text(config.read_text().replace(str(load(config).store.path), str(disk / "snapshots")))
+        self.config, self.settings = config, load(config)
+        create_topic(self.settings.kafka, self.settings.kafka.topic, 1)
+        self.sent = self.tombstones = 0
+        self.tombstone_offsets = 0
+        self.trainer = Trainer(config)
+
+    def good_records(self) -> None:
+        self._send(rows(self._random.randint(100, 5000), seed=self.sent))
+
+    def strange_records(self) -> None:
+        self._send(list(fuzzed(self._random.randint(100, 2000), seed=self.sent)))
+
+    def _send(self, values: list[bytes] | list[bytes | None]) -> None:
+        with closing(Producer(self.settings.kafka)) as producer:
+            for value in values:
+                producer.send(self.settings.kafka.topic, value, str(self.sent).encode())
+                if value is None:
+                    self.tombstones += 1
+                    self.tombstone_offsets += self.sent
+                self.sent += 1
+            producer.flush()
+
+    def trainer_killed(self) -> None:
+        time.sleep(self._random.uniform(0, 2))
+        self.trainer.kill()
+        self.trainer = Trainer(self.config)
+
+    def trainer_stopped(self) -> None:
+        assert self.trainer.stop() == 0
+        self.trainer = Trainer(self.config)
+
+    def trainer_frozen(self) -> None:
+        import os
+
+        os.kill(self.trainer.pid, signal.SIGSTOP)
+        time.sleep(self._random.uniform(0, 3))
+        os.kill(self.trainer.pid, signal.SIGCONT)
+
+    def broker_killed(self) -> None:
+        self._ground.kafka.kill()
+        time.sleep(self._random.uniform(0, 5))
+        self._ground.kafka.start()
+
+    def broker_stopped(self) -> None:
+        self._ground.kafka.stop()
+        time.sleep(self._random.uniform(0, 10))
+        self._ground.kafka.start()
+
+    def store_full(self) -> None:
+        with (self._disk / "ballast").open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(65536))
+            except OSError:
+                pass
+        self.good_records()
+        time.sleep(self._random.uniform(0, 5))
+        (self._disk / "ballast").unlink()
+
+    def newest_snapshot_damaged(self) -> None:
+        assert self.trainer.stop() == 0
+        store = SnapshotStore(self.settings.store.path)
+        versions = store.versions()
+        if len(versions) > 1:
+            path = self._random.choice(sorted(store.folder(versions[-1]).iterdir()))
+            data = bytearray(path.read_bytes())
+            data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
+            path.write_bytes(data)
+        self.trainer = Trainer(self.config)
+
+    def rolled_back(self) -> None:
+        assert self.trainer.stop() == 0
+        store = SnapshotStore(self.settings.store.path)
+        with store.lock():
+            snapshot, _ = store.newest(training=False)
+            if snapshot is not None:
+                store.rollback(snapshot.manifest.version)
+        self.trainer = Trainer(self.config)
+
+    def settle(self) -> dict[str, bool]:
+        """What must be true once everything sent has been read."""
+
+        def all_read() -> bool:
+            assert self.trainer.poll() is None, self.trainer.log.read_text()[-3000:]
+            return progress(self.settings) >= self.sent
+
+        wait_until(all_read, "all is read", timeout_s=600)
+        assert self.trainer.stop() == 0
+        store = SnapshotStore(self.settings.store.path)
+        part = store.manifest(store.versions()[-1]).partitions[0]
+        letters = {letter.offset for letter in read_letters(self.settings.kafka)}
+        total = part.offset_sum + sum(letters) + self.tombstone_offsets
+        faults = [verdict for verdict in verify(store) if verdict.faults and verdict.manifest is not None]
+        return {
+            "trained + rejected + skipped = sent": part.trained + part.rejected + part.skipped == self.sent,
+            "skipped = tombstones": part.skipped == self.tombstones,
+            "rejected = different dead letters": part.rejected == len(letters),
+            "every offset once": (total - sum(range(self.sent))) % CHECKSUM_MODULUS == 0,
+            "counters of all versions agree": not faults,
+        }
+
+
+ACTIONS = {
+    "good records": (Soak.good_records, 6),
+    "strange records": (Soak.strange_records, 3),
+    "trainer killed": (Soak.trainer_killed, 4),
+    "trainer stopped": (Soak.trainer_stopped, 1),
+    "trainer frozen": (Soak.trainer_frozen, 1),
+    "broker killed": (Soak.broker_killed, 1),
+    "broker stopped": (Soak.broker_stopped, 1),
+    "store full": (Soak.store_full, 1),
+    "newest snapshot damaged": (Soak.newest_snapshot_damaged, 1),
+    "rolled back": (Soak.rolled_back, 1),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    random_ = random.Random(options.seed)
+    done: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="tailstream-soak-") as folder:
+        ground = ground_or_leave(parser, Path(folder))
+        try:
+            with small_disk(Path(folder) / "disk", "32m"):
+                soak = Soak(ground, Path(folder) / "disk", options.seed)
+                until = time.monotonic() + options.seconds
+                while time.monotonic() < until:
+                    (name,) = random_.choices(list(ACTIONS), [weight for _, weight in ACTIONS.values()])
+                    ACTIONS[name][0](soak)
+                    done[name] += 1
+                results = soak.settle()
+        finally:
+            ground.close()
+    table = Table(title=f"{options.seconds:g} s, seed {options.seed}, {soak.sent} records")
+    table.add_column("done")
+    table.add_column("times", justify="right")
+    for name in ACTIONS:
+        table.add_row(name, str(done[name]))
+    table.add_section()
+    for name, fine in results.items():
+        table.add_row(name, "yes" if fine else "NO")
+    Console().print(table)
+    return int(not all(results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
