@@ -84,8 +84,12 @@ def _tile_1d(
         peak = weight.amax(1)
         weight -= peak[:, None]
     weight = weight.clamp_(min=LOWEST_EXPONENT * LOG2_E).exp2_()
-    total = weight.sum(1)
-    moments = [value.mul_(weight).sum(1).div_(total) for value in ((shift, excess) if with_excess else (shift,))]
+    # On a CPU sums in float64 take six times as long, on a CUDA device no longer.
+    dtype = torch.float64 if labels.device.type not in ("cpu", "mps") else None
+    total = weight.sum(1, dtype=dtype)
+    moments = [
+        value.mul_(weight).sum(1, dtype=dtype).div_(total) for value in ((shift, excess) if with_excess else (shift,))
+    ]
     return total.log_() if peak is None else total.log_().add_(peak, alpha=1 / LOG2_E), *moments
 
 

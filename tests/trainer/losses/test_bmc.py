@@ -93,6 +93,19 @@ def test_float32_agrees_with_float64(kind, rows, memory, sigma_over_sd, weights,
         assert bool((error <= tolerance * (right.abs() + right.abs().median()) + floor).all())
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_predictions_midway_between_labels_far_apart(offset: float) -> None:
+    # Two labels thousands of sigmas away and all but equally near: their distances are the same number in float32.
+    target = torch.tensor([0.0, 2.0, -3.0, 30.0, 7.0, -20.0]) + offset
+    middle = (target[:, None] + target).flatten() / 2
+    pred = torch.stack([middle, middle + 1e-6, middle - 1e-6, middle.nextafter(torch.tensor(torch.inf))]).flatten()
+    own = target.repeat(len(pred) // len(target))
+    got = loss_and_gradients(ours, pred, own, 1e-3, None, None, torch.float32)
+    want = loss_and_gradients(exact, pred, own, 1e-3, None, None, torch.float64)
+    for value, right, tolerance in zip(got, want, (1e-6, 1e-5, 1e-5), strict=True):
+        assert relative_error(value, right) < tolerance
+
+
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("sigma_over_sd", [1e-3, 1e-2, 0.1, 1.0, 1e3])
 def test_a_large_batch_takes_the_near_linear_path_and_agrees(kind: str, sigma_over_sd: float) -> None:
@@ -236,6 +249,32 @@ def test_reductions() -> None:
     torch.testing.assert_close(rows.sum(), bmc_loss(pred, target, 0.5, reduction="sum"))
     with pytest.raises(ValueError, match="reduction"):
         bmc_loss(pred, target, 0.5, reduction="median")  # type: ignore[arg-type]
+
+
+def test_sigma_has_a_gradient_of_its_sign_and_none_below_the_smallest() -> None:
+    pred, target, memory, _ = make_case("normal", 20, 30, seed=9)
+    grads = {}
+    for value in (0.4, -0.4, 0.0):
+        sigma = torch.tensor([value], requires_grad=True)
+        bmc_loss(pred.clone().requires_grad_(), target, sigma, memory=memory).backward()
+        grads[value] = sigma.grad
+    assert torch.equal(grads[-0.4], -grads[0.4])
+    assert float(grads[0.0]) == 0.0
+
+
+def test_a_fixed_sigma_and_fixed_predictions_ask_for_no_gradient() -> None:
+    pred, target, memory, sd = make_case("normal", 20, 30, seed=10)
+    learned = torch.tensor(sd, requires_grad=True)
+    left, right = pred.clone().requires_grad_(), pred.clone().requires_grad_()
+    fixed = bmc_loss(left, target, sd, memory=memory)
+    both = bmc_loss(right, target, learned, memory=memory)
+    fixed.backward()
+    both.backward()
+    assert torch.equal(fixed, both)
+    assert torch.equal(left.grad, right.grad)
+    alone = torch.tensor(sd, requires_grad=True)
+    bmc_loss(pred, target, alone, memory=memory).backward()
+    assert torch.equal(alone.grad, learned.grad)
 
 
 @pytest.mark.parametrize(
