@@ -58,7 +58,7 @@ chaos: install ## Kill trainers and compare with one undisturbed (KILLS=100 RECO
 	$(bin)/python -m tests.faults.chaos --kills $(KILLS) --records $(RECORDS) --partitions $(PARTITIONS) $(json)
 
 faults: install ## Do to broker, topic, disk and snapshots what can be done to them (JSON=FILE); needs root
-	$(bin)/python -m tests.faults $(json)
+	TAILSTREAM_TEST_AWAY_S=60 $(bin)/python -m tests.faults $(json)
 
 fuzz: install ## Send records no one would send (JSON=FILE)
 	$(bin)/python -m tests.faults.fuzz $(json)

@@ -145,7 +145,6 @@ class Checkpoint:
         self._next_reading_s = time.monotonic() + self._settings.trainer.metrics_interval_s
         learner = self._parts.learner
         self._parts.metrics.read(learner.read(), learner.steps, self.lag(), self._parts.source.lost_records)
-        self._parts.metrics.broker_up(self._parts.source.broker_up)
 
     def _start(self) -> None:
         began = time.monotonic()

@@ -119,9 +119,9 @@ class TrainerMetrics:
             self._lag.labels(str(partition)).set(records)
         self._errors(readings.metrics["fading"])
 
-    def broker_up(self, up: bool) -> None:
-        """Shows whether the broker answers."""
-        self._broker_up.set(up)
+    def watch_broker(self, is_up: Callable[[], bool]) -> None:
+        """Shows whether the broker answers, asked whenever somebody looks: while a start waits for it too."""
+        self._broker_up.set_function(is_up)
 
     def _count(self, counter: Counter, total: int) -> None:
         """Brings a counter up to a total that is kept elsewhere."""

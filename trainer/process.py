@@ -50,6 +50,7 @@ def run(settings: Settings) -> None:
         log.info("trainer started", device=str(device), store=str(store.path), metrics_port=port, pid=os.getpid())
         source = KafkaSource(settings.kafka, stop)
         stack.callback(source.close)
+        metrics.watch_broker(lambda: source.broker_up)
         learner = Learner(settings, schema, device)
         source.wait()
         if stop.is_set():

@@ -1,7 +1,9 @@
 """What brokers and topics do to a trainer."""
 
 import os
+import re
 import time
+import urllib.request
 from contextlib import closing
 from typing import Any, Final
 
@@ -51,20 +53,31 @@ def broker_killed(ground: Ground) -> str:
     return f"{outcome(settings, trainer)}; {said(trainer)}"
 
 
-@case("broker stopped for long", "400 records, each once; said 1 away, 1 back")
+@case("broker stopped for long", "400 records, each once; said 1 away, 1 back; broker_up 1 0 1")
 def broker_stopped(ground: Ground) -> str:
     config, settings = ground.settings()
     send(settings, rows(200))
     trainer = Trainer(config)
     wait_until_consumed(settings, 200, trainer)
+    up = [broker_up(trainer)]
     ground.kafka.stop()
     trainer.says(AWAY)
     time.sleep(AWAY_S)
+    up.append(broker_up(trainer))
     ground.kafka.start()
     send(settings, rows(200, seed=1))
     wait_until_consumed(settings, 400, trainer)
     trainer.says(BACK)
-    return f"{outcome(settings, trainer)}; {said(trainer)}"
+    up.append(broker_up(trainer))
+    return f"{outcome(settings, trainer)}; {said(trainer)}; broker_up {' '.join(up)}"
+
+
+def broker_up(trainer: Trainer) -> str:
+    """What the trainer's own metrics say."""
+    (port,) = re.findall(r'"metrics_port": (\d+)', trainer.log.read_text())
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        (value,) = re.findall(r"^tailstream_broker_up (\d)", answer.read().decode(), flags=re.M)
+    return str(value)
 
 
 @case("stop while the broker is away", "exit 0; 200 records durable")

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def second_trainer(ground: Ground) -> str:
     code = second.wait()
     named = "naming the first" if f"pid {first.pid}" in second.log.read_text() else "WITHOUT the first's name"
     done = subprocess.run(
-        [".venv/bin/tailstream", "snapshots", "rollback", "1", "--config", str(config)],
+        [sys.executable, "-m", "service", "snapshots", "rollback", "1", "--config", str(config)],
         check=False,
         capture_output=True,
         cwd=Path(__file__).parents[2],
