@@ -68,14 +68,12 @@ def timed_s(run: Callable[[], None]) -> float:
 def median_s(runs: dict[str, Callable[[], None]], budget_s: float = 2.0) -> dict[str, float]:
     """Medians of runs that take turns, so that whatever else the machine does hits all alike.
 
-    What takes long is run twice, its first time included: beside it a warm-up is nothing.
+    After a warm-up, which may compile, what takes long is timed once.
     """
+    for run in runs.values():
+        run()
     took = {name: [timed_s(run)] for name, run in runs.items()}
     quick = [name for name, times in took.items() if times[0] < SLOW_S]
-    for name in quick:
-        took[name].clear()
-    for name in took.keys() - set(quick):
-        took[name].append(timed_s(runs[name]))
     began, rounds = time.perf_counter(), 0
     while quick and (rounds < 3 or (time.perf_counter() - began < budget_s and rounds < 200)):
         for name in quick:
