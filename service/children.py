@@ -98,10 +98,11 @@ def _session_size(session: int) -> int:
     return size
 
 
-def exit_on_sigterm() -> None:
-    """Makes SIGTERM end the command as Ctrl-C does, so that it stops what it started."""
+def stop_as_by_ctrl_c() -> None:
+    """Makes SIGTERM, and SIGHUP of a closed terminal, end the command as Ctrl-C does: it stops what it started."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)

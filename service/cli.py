@@ -42,10 +42,10 @@ def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a summary there.", dir_okay=False)] = None,
 ) -> None:
     """Watch a model learn a year of flight delays from a Kafka stream, and ask it for predictions."""
-    from service.children import exit_on_sigterm
+    from service.children import stop_as_by_ctrl_c
     from service.demo import DemoOptions, run_demo
 
-    exit_on_sigterm()
+    stop_as_by_ctrl_c()
     run_demo(
         DemoOptions(
             rows=rows,

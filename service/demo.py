@@ -261,9 +261,9 @@ class _Demo:
             self.summary.first_prediction_s = round(time.monotonic() - began, 2)
             self.console.print(f"first prediction after {self.summary.first_prediction_s:.1f} s")
             self.console.print(f"page:    {self._url}/")
-            self.console.print("predict: ", end="")
-            # Not wrapped, so that the line can be copied.
-            print(curl_line(self._url, self._first_instance or {}), flush=True)  # noqa: T201
+            line = curl_line(self._url, self._first_instance or {})
+            # Not wrapped and not interpreted, so that it can be copied.
+            self.console.print(f"predict: {line}", soft_wrap=True, markup=False, highlight=False)
 
     def _show(self, progress: Progress, sent: TaskID, learned: TaskID, manifest: Manifest | None, done: int) -> None:
         total = self._total or None

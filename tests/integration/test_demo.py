@@ -70,7 +70,10 @@ def test_all_is_learned_though_records_are_broken_and_the_trainer_is_killed(brok
     assert "published 6040 = learned 6000 + dead letters 40" in demo.said()
 
 
-def test_the_curl_line_works_as_printed_and_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGHUP])
+def test_the_curl_line_works_as_printed_and_the_end_leaves_nothing_behind(
+    ending: signal.Signals, tmp_path: Path
+) -> None:
     demo = Demo(tmp_path, "--rows", "1000")
     demo.wait_until(lambda: "until Ctrl-C" in demo.said())
     (line,) = re.findall(r"^predict: +(curl .*)$", demo.said(), flags=re.M)
@@ -78,7 +81,7 @@ def test_the_curl_line_works_as_printed_and_ctrl_c_leaves_nothing_behind(tmp_pat
     assert isinstance(answer["predictions"][0], float)
     children = demo.children()
     assert len(children) == 3  # broker, trainer, service
-    demo.process.send_signal(signal.SIGINT)
+    demo.process.send_signal(ending)
     assert demo.end() == 0, demo.said()
     assert alive(children) == []
 
