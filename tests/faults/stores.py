@@ -272,9 +272,7 @@ def die_after(number: int, path: Path) -> None:
     os._exit(0)
 
 
-@case(
-    "death after every single file operation", "at every one: the old or the new snapshot whole, the next write works"
-)
+@case("death after every single file operation", "at each: the old or the new snapshot whole, the next write works")
 def death_after_every_file_operation(ground: Ground) -> str:
     path = ground.folder / "deaths"
     processes = multiprocessing.get_context("forkserver")
