@@ -10,11 +10,11 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.predictor import Predictor
+from trainer.prequential import SHOTS
 from trainer.snapshot import Manifest
 
 PREFIX: Final = "tailstream_"
 BALANCES: Final = ("0", "1")
-SHOTS: Final = {"all": "mae", "many": "mae_many", "medium": "mae_medium", "few": "mae_few"}
 LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
 

@@ -13,7 +13,7 @@ import torch
 
 from trainer.config import Settings
 from trainer.label_density import LabelGrid
-from trainer.model import Model, build_model, learned_prior, unprefixed
+from trainer.model import Model, build_model, learned_prior, load_inference
 from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
 from trainer.schema import FeatureSchema, Row
 from trainer.snapshot import Manifest, Snapshot
@@ -71,8 +71,8 @@ class Predictor:
         """
         schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
         model = build_model(schema, settings.model, settings.learner)
-        model.load_state_dict(unprefixed("model", snapshot.model))
-        return cls(snapshot.manifest, model, LabelGrid.from_tensors(unprefixed("grid", snapshot.model)), schema)
+        grid = load_inference(snapshot.model, model)
+        return cls(snapshot.manifest, model, grid, schema)
 
     @property
     def version(self) -> int:

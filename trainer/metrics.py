@@ -9,12 +9,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from trainer.batching import Batch
 from trainer.errors import ConfigError
 from trainer.learner import Readings
+from trainer.prequential import SHOTS
 from trainer.snapshot import Manifest
 
 PREFIX: Final = "tailstream_"
 RATE_WEIGHT: Final = 0.3  # of the newest interval in the fading rate
 STEP_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-SHOTS: Final = {"all": "mae", "many": "mae_many", "medium": "mae_medium", "few": "mae_few"}
 
 
 class TrainerMetrics:

@@ -19,6 +19,12 @@ BINS: Final = 50  # equal-width bins of the label range, for the balanced error
 LEAST_ROWS: Final = 10  # a bin with fewer says nothing
 MANY_SHARE: Final = 1 / 50
 MEDIUM_SHARE: Final = 1 / 500
+SHOTS: Final = {
+    "all": "mae",
+    "many": "mae_many",
+    "medium": "mae_medium",
+    "few": "mae_few",
+}  # names of an answer's errors
 WINDOWS: Final = ("whole", "fading")
 ERRORS: Final = 3  # where the rows of errors begin in `PrequentialMetrics.sums`
 MEDIAN: Final = "median"  # the error of always answering the running median: what a model must beat
