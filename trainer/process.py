@@ -17,7 +17,7 @@ from trainer.batching import Batcher
 from trainer.checkpoint import Checkpoint, Parts
 from trainer.config import Settings
 from trainer.dead_letter import DeadLetters
-from trainer.errors import BrokerUnavailable, ConfigError
+from trainer.errors import ConfigError
 from trainer.kafka_client import Producer, create_topic
 from trainer.learner import Learner
 from trainer.loop import train
@@ -55,7 +55,7 @@ def run(settings: Settings) -> None:
         source.wait()
         if stop.is_set():
             return
-        producer = _dead_letter_producer(settings, stop)
+        producer = source.insist(lambda: _dead_letter_producer(settings))
         if producer is None:
             return
         stack.callback(producer.close)
@@ -83,17 +83,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _dead_letter_producer(settings: Settings, stop: threading.Event) -> Producer | None:
-    """A producer, its topic made where it is missing; None when told to stop while the broker is away."""
-    while not stop.is_set():
-        try:
-            if create_topic(settings.kafka, settings.kafka.dead_letters):
-                log.info("made the dead-letter topic", topic=settings.kafka.dead_letters)
-            return Producer(settings.kafka)
-        except BrokerUnavailable as error:
-            log.warning("waiting for the broker", reason=str(error))
-            stop.wait(1.0)
-    return None
+def _dead_letter_producer(settings: Settings) -> Producer:
+    """A producer, its topic made where it is missing."""
+    if create_topic(settings.kafka, settings.kafka.dead_letters):
+        log.info("made the dead-letter topic", topic=settings.kafka.dead_letters)
+    return Producer(settings.kafka)
 
 
 @contextmanager

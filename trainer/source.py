@@ -99,7 +99,7 @@ class KafkaSource:
             log.info("reading", topic=self._settings.topic, offsets={str(p): offset for p, offset in begun.items()})
             return consumer
 
-        self._consumer = self._insist(begin)
+        self._consumer = self.insist(begin)
         self._heard()
 
     def wait(self) -> None:
@@ -108,9 +108,9 @@ class KafkaSource:
         Raises:
             BrokerRefused: the broker does not let us in; waiting would not help.
         """
-        self.identity = self._insist(lambda: describe_topic(self._settings, self._settings.topic)) or self.identity
+        self.identity = self.insist(lambda: describe_topic(self._settings, self._settings.topic)) or self.identity
 
-    def _insist(self, act: Callable[[], T]) -> T | None:
+    def insist(self, act: Callable[[], T]) -> T | None:
         """What `act` returns once broker and topic are there; None when told to stop before."""
         pause_s = BACKOFF_S[0]
         while not self._stop.is_set():
