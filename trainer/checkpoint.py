@@ -148,21 +148,15 @@ class Checkpoint:
 
     def _start(self) -> None:
         began = time.monotonic()
-        try:
-            self._parts.dead_letters.flush()
-        except PublishError as error:
-            self._parts.metrics.save_failed()
-            self._failed(str(error))
-            return
-        began_copy = time.monotonic()
         state, model = self._parts.learner.state_dict(), self._parts.learner.inference_state()
         manifest = self._manifest()
-        copied_s = time.monotonic() - began_copy
+        copied_s = time.monotonic() - began
         self._save = _Save(self._writer.submit(self._write, manifest, model, state), self.progress, began, copied_s)
 
     def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> _Written:
-        """Writes a snapshot and removes those no longer kept; on the writer's thread."""
+        """Writes a snapshot once its dead letters are safe, and prunes old ones; on the writer's thread."""
         began = time.thread_time()
+        self._parts.dead_letters.flush()  # with those of batches after the copy, which does no harm
         written = self._parts.store.write(manifest, model, state)
         try:
             self._parts.store.prune(time.time())
@@ -174,6 +168,10 @@ class Checkpoint:
         self._save = None
         try:
             manifest, processor_s = save.future.result()
+        except PublishError as error:
+            self._parts.metrics.save_failed()
+            self._failed(str(error))
+            return
         except OSError as error:
             self._parts.metrics.save_failed()
             self._failed(f"the snapshot could not be written to {self._parts.store.path}: {error}")

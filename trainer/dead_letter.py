@@ -3,6 +3,7 @@
 The header names are those of Kafka Connect's dead letter queue, so its tools read them too.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Final
 
@@ -11,7 +12,7 @@ from trainer.errors import PublishError
 from trainer.kafka_client import Producer
 
 HEADER_PREFIX: Final = "__connect.errors."
-FLUSH_S: Final = 5.0  # longest wait for acknowledgements; the training thread waits with it
+FLUSH_S: Final = 5.0  # longest wait for acknowledgements; a clean stop waits with it
 STAGE: Final = "VALUE_CONVERTER"
 
 
@@ -19,7 +20,8 @@ class DeadLetters:
     """Writes rejected records to the dead-letter topic: key, value and headers unchanged, the reason in more headers.
 
     Written at least once: after a crash, or while the broker is away, a record may be there twice, and is told apart by
-    its offset header.
+    its offset header. `write` only queues, so training never waits for a broker; `flush` is for the thread that writes
+    snapshots, and one thread alone.
     """
 
     def __init__(self, producer: Producer, source_topic: str, topic: str) -> None:
@@ -27,48 +29,43 @@ class DeadLetters:
         self._source_topic = source_topic
         self._topic = topic
         self._unacknowledged: list[Rejection] = []
-        self._failed = False
+        self._lock = threading.Lock()
 
     def write(self, rejections: Sequence[Rejection]) -> None:
-        """Queues rejected records for the topic; whether they arrive is for `flush` to say."""
-        self._unacknowledged.extend(rejections)
-        if not self._failed:
-            self._send(rejections)
+        """Queues rejected records for the topic; `flush` sends them."""
+        with self._lock:
+            self._unacknowledged.extend(rejections)
 
     def flush(self) -> None:
-        """Waits until all are acknowledged, sending again what failed before.
+        """Sends what is queued and waits until all of it is acknowledged.
 
         Raises:
-            PublishError: some are not; they are kept, and the next call tries again.
+            PublishError: some is not; all is kept, and the next call tries again.
         """
-        if not self._unacknowledged:
+        with self._lock:
+            queued = list(self._unacknowledged)
+        if not queued:
             return
-        if self._failed:
-            self._failed = False
-            self._send(self._unacknowledged)
         try:
+            for rejection in queued:
+                self._send(rejection)
             self._producer.flush(FLUSH_S)
-        except PublishError:
-            self._failed = True
-        if self._failed:
+        except PublishError as error:
             raise PublishError(
-                f"{len(self._unacknowledged)} rejected records could not be written to topic {self._topic!r} yet"
-            )
-        self._unacknowledged.clear()
+                f"{len(queued)} rejected records could not be written to topic {self._topic!r} yet: {error}"
+            ) from error
+        with self._lock:
+            del self._unacknowledged[: len(queued)]
 
-    def _send(self, rejections: Sequence[Rejection]) -> None:
-        for record, error in rejections:
-            why = {
-                "topic": self._source_topic,
-                "partition": str(record.partition),
-                "offset": str(record.offset),
-                "stage": STAGE,
-                "exception.class.name": f"{type(error).__module__}.{type(error).__qualname__}",
-                "exception.message": f"{error.reason}: {error}",
-            }
-            headers = [(HEADER_PREFIX + name, text.encode(errors="replace")) for name, text in why.items()]
-            try:
-                self._producer.send(self._topic, record.value, record.key, [*record.headers, *headers])
-            except PublishError:
-                self._failed = True
-                return
+    def _send(self, rejection: Rejection) -> None:
+        record, error = rejection
+        why = {
+            "topic": self._source_topic,
+            "partition": str(record.partition),
+            "offset": str(record.offset),
+            "stage": STAGE,
+            "exception.class.name": f"{type(error).__module__}.{type(error).__qualname__}",
+            "exception.message": f"{error.reason}: {error}",
+        }
+        headers = [(HEADER_PREFIX + name, text.encode(errors="replace")) for name, text in why.items()]
+        self._producer.send(self._topic, record.value, record.key, [*record.headers, *headers])

@@ -33,12 +33,15 @@ class Letters:
 
     def __init__(self) -> None:
         self.away = False
+        self.answers = threading.Event()
+        self.answers.set()
         self.kept: list[Rejection] = []
 
     def write(self, rejections: Sequence[Rejection]) -> None:
         self.kept += rejections
 
     def flush(self) -> None:
+        self.answers.wait(PATIENCE_S)
         if self.away:
             raise PublishError("the topic is away")
 
@@ -187,12 +190,34 @@ def test_no_snapshot_covers_rejected_records_that_are_not_acknowledged(
     with capture_logs() as logs:
         for batch in batches[:3]:
             trainer.learn(batch)
+        until = time.monotonic() + PATIENCE_S
+        while not trainer.value("snapshot_failures_total"):
+            assert time.monotonic() < until
+            trainer.checkpoint.tick()
     assert trainer.store.versions() == []
     assert trainer.source.committed == []
     assert [line["event"][:11] for line in logs] == ["no snapshot"]
     trainer.letters.away = False
     trainer.save()
     assert trainer.store.manifest(1).samples == 3 * 32
+    trainer.checkpoint.close()
+
+
+def test_training_does_not_wait_for_dead_letters_to_be_acknowledged_but_the_snapshot_does(
+    tmp_path: Path, file: Path
+) -> None:
+    trainer = Trainer(make_settings(tmp_path / "store"), file)
+    trainer.store.path.mkdir()
+    trainer.letters.answers.clear()
+    batches = make_batches(trainer.settings, ROWS)
+    for batch in batches:
+        trainer.learn(batch)
+    assert trainer.learner.samples == ROWS
+    assert trainer.store.versions() == []
+    assert trainer.source.committed == []
+    trainer.letters.answers.set()
+    trainer.save()
+    assert trainer.source.committed[-1][0] == batches[-1].progress[0].next_offset
     trainer.checkpoint.close()
 
 
