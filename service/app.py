@@ -13,12 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from service import problems
-from service.auth import KeyCheck, load_keys
+from service.auth import KeyCheck, is_open, load_keys
 from service.batcher import Batcher
 from service.metrics import CountRequests, ServiceMetrics
 from service.routes import PredictEndpoint, mounts, page_router, predict_route, state_router
 from service.schemas import FaultResponse, ProblemResponse, question_decoder
 from service.security import SecurityHeaders
+from service.versions import Versions, versions_router
 from service.watcher import Watcher
 from trainer.config import Settings
 from trainer.model import build_model
@@ -35,9 +36,11 @@ def create_app(settings: Settings) -> FastAPI:
     torch.set_num_threads(settings.threads)
     schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
     build_model(schema, settings.model, settings.learner)  # a body that cannot be made is said at once, not in a log
-    watcher = Watcher(SnapshotStore(settings.store.path), settings)
+    store = SnapshotStore(settings.store.path)
+    watcher = Watcher(store, settings)
+    versions = Versions(store, settings)
     batcher = Batcher(lambda: watcher.predictor, settings.service.max_queue)
-    metrics = ServiceMetrics(lambda: watcher.predictor, lambda: len(batcher))
+    metrics = ServiceMetrics(lambda: watcher.predictor, lambda: len(batcher), lambda: watcher.pinned)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,6 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         finally:
             await asyncio.to_thread(watcher.stop)
             batcher.close()
+            versions.close()
 
     app = FastAPI(
         title="Tailstream",
@@ -63,9 +67,10 @@ def create_app(settings: Settings) -> FastAPI:
         },
     )
     decode = question_decoder(schema, settings.service)
-    endpoint = PredictEndpoint(watcher, batcher, decode, settings.service.max_body_bytes, metrics)
+    endpoint = PredictEndpoint(watcher, batcher, versions, decode, settings.service.max_body_bytes, metrics)
     app.router.routes.insert(0, predict_route(endpoint, settings))
     app.include_router(state_router(watcher, metrics, settings))
+    app.include_router(versions_router(versions, watcher))
     app.include_router(page_router(watcher, settings))
     for path, folder in mounts().items():
         app.mount(path, folder)
@@ -99,8 +104,8 @@ def _describe(app: FastAPI, *, keyed: bool) -> None:
                     "bearer": {"type": "http", "scheme": "bearer"},
                     "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
                 }
-                for path in ("/predict", "/model"):
-                    for operation in document["paths"][path].values():
+                for path, operations in document["paths"].items():
+                    for operation in () if is_open(path) else operations.values():
                         operation["security"] = [{"bearer": []}, {"api_key": []}]
             app.openapi_schema = document
         return app.openapi_schema

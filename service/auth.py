@@ -76,7 +76,7 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers 401, or lets the request pass."""
-        if scope["type"] == "http" and not _is_open(scope["path"]) and not self._knows(scope):
+        if scope["type"] == "http" and not is_open(scope["path"]) and not self._knows(scope):
             problem = Problem(UNAUTHORIZED, "Send an API key, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
             await problem.response()(scope, receive, send)
             return
@@ -94,7 +94,8 @@ class KeyCheck:
         return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether a path is answered without a key."""
     return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
 
 

@@ -16,6 +16,7 @@ MOST_WAITING_ROWS: Final = 16 * PASS_ROWS  # about a second of work; rows are wh
 
 class _Waiting(NamedTuple):
     question: Question
+    predictor: Predictor | None  # None for whichever is current when the pass begins
     answer: asyncio.Future[Answer]
 
 
@@ -39,8 +40,8 @@ class Batcher:
         """Questions that wait."""
         return len(self._waiting)
 
-    def ask(self, question: Question) -> asyncio.Future[Answer]:
-        """Queues a question; to be called on the event loop.
+    def ask(self, question: Question, predictor: Predictor | None = None) -> asyncio.Future[Answer]:
+        """Queues a question, for the current model or for one that is given; to be called on the event loop.
 
         Raises:
             Problem: too much waits already.
@@ -49,7 +50,7 @@ class Batcher:
         if len(self._waiting) >= self._max_queue or (self._waiting and self._waiting_rows + rows > MOST_WAITING_ROWS):
             raise Problem(OVERLOADED, f"{len(self._waiting)} requests wait already; try again later.")
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(question, loop.create_future())
+        waiting = _Waiting(question, predictor, loop.create_future())
         self._waiting.append(waiting)
         self._waiting_rows += rows
         if not self._running:
@@ -68,7 +69,7 @@ class Batcher:
             self._running = False
             return
         loop = asyncio.get_running_loop()
-        predictor = self._current()
+        predictor = asked[0].predictor or self._current()
         if predictor is None:
             _fail(asked, Problem(NOT_READY, "There is no model to predict with."))
             loop.call_soon(self._next_pass)
@@ -96,6 +97,8 @@ class Batcher:
         taken: list[_Waiting] = []
         rows = 0
         while self._waiting and rows < PASS_ROWS:
+            if taken and self._waiting[0].predictor is not taken[0].predictor:
+                break
             waiting = self._waiting.popleft()
             self._waiting_rows -= len(waiting.question.rows)
             if not waiting.answer.done():  # a request that was given up is not answered

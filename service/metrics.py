@@ -27,12 +27,21 @@ class ServiceMetrics:
         predictions: instances answered.
     """
 
-    def __init__(self, predictor: Callable[[], Predictor | None], queue_length: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        predictor: Callable[[], Predictor | None],
+        queue_length: Callable[[], int],
+        pinned: Callable[[], int | None],
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, that nobody reads
         self.registry = CollectorRegistry()
         self.predictions = Counter(f"{PREFIX}predictions", "Instances answered.", registry=self.registry)
         queue = Gauge(f"{PREFIX}predict_queue_length", "Requests that wait for a forward pass.", registry=self.registry)
         queue.set_function(queue_length)
+        stays = Gauge(
+            f"{PREFIX}model_pinned", "1 if the service stays with a pinned version, else 0.", registry=self.registry
+        )
+        stays.set_function(lambda: float(pinned() is not None))
         self._requests = Counter(
             f"{PREFIX}http_requests",
             "HTTP requests answered, by route, method and status.",

@@ -35,6 +35,7 @@ class ModelResponse(BaseModel):
     age_s: float = Field(description="Seconds since then.")
     healthy: bool = Field(description="Whether its recent error is better than the running median's.")
     trouble: str | None = Field(description="Why the newest snapshot is not in use, or should not be.")
+    pinned: int | None = Field(description="The version that the service stays with, null where it follows the newest.")
     step: int = Field(description="Optimiser steps taken.")
     samples: int = Field(description="Rows trained on.")
     samples_per_second: float
@@ -54,7 +55,7 @@ class ModelResponse(BaseModel):
     newest: list[NewestSample]
 
 
-def model_response(manifest: Manifest, trouble: str | None) -> ModelResponse:
+def model_response(manifest: Manifest, trouble: str | None, pinned: int | None) -> ModelResponse:
     """What is said of a model now."""
     known = manifest.model_dump(include=set(ModelResponse.model_fields))
-    return ModelResponse.model_validate({**known, "age_s": age_s(manifest), "trouble": trouble})
+    return ModelResponse.model_validate({**known, "age_s": age_s(manifest), "trouble": trouble, "pinned": pinned})

@@ -16,7 +16,7 @@ from trainer.label_density import LabelGrid
 from trainer.model import Model, build_model, learned_prior, load_inference
 from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
 from trainer.schema import FeatureSchema, Row
-from trainer.snapshot import Manifest, Snapshot
+from trainer.snapshot import Manifest, Snapshot, SnapshotStore, check_fits
 
 PASS_MULTIPLE: Final = 64
 
@@ -126,6 +126,20 @@ class Predictor:
         if answer.lower is None or answer.upper is None:
             return Predictive(answer.point[:rows])
         return Predictive(answer.point[:rows], answer.lower[:rows], answer.upper[:rows])
+
+
+def load_predictor(store: SnapshotStore, version: int, settings: Settings) -> Predictor:
+    """Reads a version, verified, and runs what requests will: none pays for a first time, and each will be answered.
+
+    Raises:
+        SnapshotCorrupt: it is absent or damaged.
+        SnapshotMismatch: it is of another model than the configuration describes.
+        ConfigError, KeyError, RuntimeError: see `Predictor.from_snapshot`.
+    """
+    check_fits(store.manifest(version), settings)
+    predictor = Predictor.from_snapshot(store.load(version, training=False), settings)
+    predictor.predict([], balance=0.5, interval=0.9)
+    return predictor
 
 
 class _Lists:

@@ -29,8 +29,12 @@ TOO_LARGE: Final = Kind("too-large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The b
 NOT_JSON_TYPE: Final = Kind(
     "unsupported-media-type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be application/json"
 )
+FOREIGN: Final = Kind("foreign-page", HTTPStatus.FORBIDDEN, "Another site may not ask for this")
+NO_SUCH_VERSION: Final = Kind("no-such-version", HTTPStatus.NOT_FOUND, "The store keeps no such version")
+UNUSABLE_VERSION: Final = Kind("unusable-version", HTTPStatus.CONFLICT, "The version cannot answer")
 INVALID: Final = Kind("invalid-request", HTTPStatus.UNPROCESSABLE_ENTITY, "The request cannot be predicted for")
 OVERLOADED: Final = Kind("overloaded", HTTPStatus.SERVICE_UNAVAILABLE, "Too many requests are waiting")
+STORE: Final = Kind("store", HTTPStatus.SERVICE_UNAVAILABLE, "The snapshot store cannot be used")
 NOT_READY: Final = Kind("not-ready", HTTPStatus.SERVICE_UNAVAILABLE, "The service is not ready")
 
 
@@ -73,6 +77,23 @@ class Problem(Exception):
         if self.faults:
             document["errors"] = [fault._asdict() for fault in self.faults]
         return _respond(document, headers)
+
+
+def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The problem answers of a path, for OpenAPI."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemResponse"}}}
+    descriptions = {
+        400: "The body is not JSON.",
+        401: "An API key is needed.",
+        403: "A page of another site asks.",
+        404: "The store keeps no such version.",
+        409: "The version is damaged, or of another model than the configuration describes.",
+        413: "The body is too large.",
+        415: "The body is of another type than JSON.",
+        422: "The request does not fit; `errors` names the instance and the field.",
+        503: "There is no model, the store cannot be used, or too many requests wait.",
+    }
+    return {status: {"description": descriptions[status], "content": content} for status in statuses}
 
 
 async def answer_problem(request: Request, error: Exception) -> Response:

@@ -3,28 +3,33 @@
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
+from urllib.parse import parse_qs
 
 import msgspec
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from service.batcher import Batcher
 from service.metrics import ServiceMetrics, age_s
 from service.model_info import ModelResponse, model_response
-from service.predictor import Question
-from service.problems import NOT_JSON_TYPE, NOT_READY, TOO_LARGE, Problem
+from service.predictor import Predictor, Question
+from service.problems import INVALID, NOT_JSON_TYPE, NOT_READY, TOO_LARGE, Fault, Problem, described
 from service.schemas import PredictResponse, request_model
+from service.versions import LARGEST_VERSION, VersionNumber, Versions
 from service.watcher import Watcher
 from trainer.config import Settings
 
 PAGES: Final = Path(__file__).parent / "dashboard"
 SWAGGER_UI: Final = Path(str(files("fastapi_offline"))) / "static"
+
+
+_VERSION: Final = TypeAdapter[int](VersionNumber)
 
 
 class Ready(BaseModel):
@@ -46,6 +51,7 @@ class PredictEndpoint:
     Args:
         watcher: has the model.
         batcher: joins requests.
+        versions: has the models that a request may name instead.
         decode: reads a body.
         max_body_bytes: largest body.
         metrics: counts instances.
@@ -55,12 +61,14 @@ class PredictEndpoint:
         self,
         watcher: Watcher,
         batcher: Batcher,
+        versions: Versions,
         decode: Callable[[bytes], Question],
         max_body_bytes: int,
         metrics: ServiceMetrics,
     ) -> None:
         self._watcher = watcher
         self._batcher = batcher
+        self._versions = versions
         self._decode = decode
         self._max_body_bytes = max_body_bytes
         self._count = metrics.predictions.inc
@@ -68,12 +76,14 @@ class PredictEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Reads, decodes, asks, answers."""
         try:
-            self._check(scope)
+            version = _asked_version(scope["query_string"]) if scope["query_string"] else None
+            self._check(scope, version)
             body = await self._read(receive)
             if body is None:
                 return  # the client left
             question = self._decode(body)
-            answer = msgspec.json.encode(await self._batcher.ask(question))
+            predictor = None if version is None else await self._predictor(version)
+            answer = msgspec.json.encode(await self._batcher.ask(question, predictor))
         except Problem as problem:
             await problem.response()(scope, receive, send)
             return
@@ -82,9 +92,15 @@ class PredictEndpoint:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": answer})
 
-    def _check(self, scope: Scope) -> None:
+    async def _predictor(self, version: int) -> Predictor:
+        current = self._watcher.predictor
+        return (
+            current if current is not None and current.version == version else await self._versions.predictor(version)
+        )
+
+    def _check(self, scope: Scope, version: int | None) -> None:
         """Refuses what need not be read."""
-        if self._watcher.predictor is None:
+        if version is None and self._watcher.predictor is None:
             raise Problem(NOT_READY, f"There is no model yet: {self._watcher.trouble}.")
         for name, value in scope["headers"]:
             if name == b"content-type" and not _is_json(value):
@@ -114,30 +130,35 @@ class PredictEndpoint:
         return Problem(TOO_LARGE, f"A body may have {self._max_body_bytes} bytes; send fewer instances at a time.")
 
 
+def _asked_version(query: bytes) -> int | None:
+    """The version that a query names, None where it names none; other parameters are ignored."""
+    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("version")
+    if values is None:
+        return None
+    try:
+        return _VERSION.validate_python(values[0] if len(values) == 1 else values)
+    except ValidationError as error:
+        fault = Fault(error.errors()[0]["msg"], "query.version")
+        raise Problem(INVALID, f"{fault.field}: {fault.detail}", [fault]) from None
+
+
 def _is_json(content_type: bytes) -> bool:
     media_type = content_type.partition(b";")[0].strip().lower()
     return media_type == b"application/json" or media_type.endswith(b"+json")
-
-
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The problem answers of a path, for OpenAPI."""
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemResponse"}}}
-    descriptions = {
-        400: "The body is not JSON.",
-        401: "An API key is needed.",
-        413: "The body is too large.",
-        415: "The body is of another type than JSON.",
-        422: "The request does not fit; `errors` names the instance and the field.",
-        503: "There is no model, or too many requests wait.",
-    }
-    return {status: {"description": descriptions[status], "content": content} for status in statuses}
 
 
 def predict_route(endpoint: PredictEndpoint, settings: Settings) -> APIRoute:
     """POST /predict, described like any route and answered by the endpoint."""
     body_type = request_model(settings.record_schema, settings.service)
 
-    def predict(body: body_type) -> PredictResponse:  # type: ignore[valid-type]
+    def predict(
+        body: body_type,  # type: ignore[valid-type]
+        # Optional, but never null: a query has no null.
+        version: Annotated[
+            int,  # noqa: RUF013
+            Query(ge=1, le=LARGEST_VERSION, description="Answer by this kept version instead of the one in use."),
+        ] = None,  # type: ignore[assignment]
+    ) -> PredictResponse:
         """Predicts the label of one record, or of many in `instances`, all by the same version of the model."""
         raise NotImplementedError("the endpoint answers")
 
@@ -149,7 +170,7 @@ def predict_route(endpoint: PredictEndpoint, settings: Settings) -> APIRoute:
         summary="Predict labels",
         tags=["predict"],
         response_model=PredictResponse,
-        responses=problems(400, 401, 413, 415, 422, 503),
+        responses=described(400, 401, 404, 409, 413, 415, 422, 503),
     )
     route.app = endpoint
     return route
@@ -176,13 +197,13 @@ def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) 
     router = APIRouter()
 
     @router.get(
-        "/model", operation_id="get_model", summary="The model in use", tags=["model"], responses=problems(401, 503)
+        "/model", operation_id="get_model", summary="The model in use", tags=["model"], responses=described(401, 503)
     )
     async def get_model() -> ModelResponse:
         """What the model in use is, where in the stream it stands, and how well it does."""
         if watcher.predictor is None:
             raise Problem(NOT_READY, f"There is no model yet: {watcher.trouble}.")
-        return model_response(watcher.predictor.manifest, watcher.trouble)
+        return model_response(watcher.predictor.manifest, watcher.trouble, watcher.pinned)
 
     @router.get("/livez", operation_id="get_livez", summary="Alive?", tags=["health"])
     async def get_livez() -> Alive:
@@ -190,9 +211,9 @@ def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) 
         return Alive()
 
     @router.get(
-        "/healthz", operation_id="get_healthz", summary="Ready? (alias)", tags=["health"], responses=problems(503)
+        "/healthz", operation_id="get_healthz", summary="Ready? (alias)", tags=["health"], responses=described(503)
     )
-    @router.get("/readyz", operation_id="get_readyz", summary="Ready?", tags=["health"], responses=problems(503))
+    @router.get("/readyz", operation_id="get_readyz", summary="Ready?", tags=["health"], responses=described(503))
     async def get_readyz() -> Ready:
         """Whether there is a model to predict with that is not too old; if not, why."""
         why = not_ready_because(watcher, settings)
@@ -244,7 +265,9 @@ def page_router(watcher: Watcher, settings: Settings) -> APIRouter:
             "not_ready": not_ready_because(watcher, settings),
             "model": None
             if predictor is None
-            else model_response(predictor.manifest, watcher.trouble).model_dump(mode="json", by_alias=True),
+            else model_response(predictor.manifest, watcher.trouble, watcher.pinned).model_dump(
+                mode="json", by_alias=True
+            ),
         }
         return Response(msgspec.json.encode(state), media_type="application/json")
 

@@ -6,10 +6,10 @@ from typing import Final, NamedTuple
 
 import structlog
 
-from service.predictor import Predictor
+from service.predictor import Predictor, load_predictor
 from trainer.config import Settings
 from trainer.errors import SnapshotCorrupt, SnapshotError, TailstreamError
-from trainer.snapshot import MANIFEST_FILE, SnapshotStore, check_fits
+from trainer.snapshot import MANIFEST_FILE, SnapshotStore
 
 STOP_S: Final = 10.0  # longest wait for a load that runs while the service stops
 
@@ -31,11 +31,13 @@ class Watcher:
 
     Attributes:
         predictor: the model to use; replaced by one assignment, None before the first.
+        pinned: the version to stay with, None where the newest is followed.
         trouble: why the newest snapshot, or any, is not in use; None when all is well.
     """
 
     def __init__(self, store: SnapshotStore, settings: Settings) -> None:
         self.predictor: Predictor | None = None
+        self.pinned: int | None = None
         self.trouble: str | None = f"there is no snapshot in {store.path}"
         self._store = store
         self._settings = settings
@@ -82,7 +84,7 @@ class Watcher:
         Returns:
             Why the newest one (or the pinned one) is not in use or should not be, None if all is well.
         """
-        pinned = self._store.active()
+        self.pinned = pinned = self._store.active()
         keys = [key for key in self._keys() if pinned is None or key.version == pinned]
         self._refused = {key: why for key, why in self._refused.items() if key in keys}
         self._health = {key: healthy for key, healthy in self._health.items() if key in keys}
@@ -131,7 +133,7 @@ class Watcher:
     def _take(self, key: _Key) -> bool:
         """Loads a snapshot, checks that it answers, and swaps it in."""
         try:
-            predictor = self._load(key)
+            predictor = load_predictor(self._store, key.version, self._settings)
         except TailstreamError as error:
             self._refuse(key, str(error))
             return False
@@ -142,19 +144,7 @@ class Watcher:
         self.predictor, self._loaded = predictor, key
         return True
 
-    def _load(self, key: _Key) -> Predictor:
-        manifest = self._store.manifest(key.version)
-        check_fits(manifest, self._settings)
-        predictor = Predictor.from_snapshot(self._store.load(key.version, training=False), self._settings)
-        _warm_up(predictor)
-        return predictor
-
     def _refuse(self, key: _Key, why: str) -> None:
         """Remembers not to try again what is broken for good; what retention has just removed is not."""
         if key in self._keys():
             self._refused[key] = why
-
-
-def _warm_up(predictor: Predictor) -> None:
-    """Runs what requests will: none of them pays for a first time, and a model that cannot answer is found."""
-    predictor.predict([], balance=0.5, interval=0.9)

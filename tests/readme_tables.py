@@ -47,7 +47,7 @@ def metrics_table() -> str:
 def metrics() -> Iterator[tuple[str, str, str, str]]:
     registries = {
         "trainer": TrainerMetrics().registry,
-        "service": ServiceMetrics(lambda: None, lambda: 0).registry,
+        "service": ServiceMetrics(lambda: None, lambda: 0, lambda: None).registry,
     }
     for origin, registry in registries.items():
         for collector in list(registry._collector_to_names):

@@ -25,7 +25,10 @@ needs_promtool = pytest.mark.skipif(
 
 
 def test_every_metric_that_is_asked_for_exists() -> None:
-    known = {*_series(TrainerMetrics().registry), *_series(ServiceMetrics(lambda: None, lambda: 0).registry)}
+    known = {
+        *_series(TrainerMetrics().registry),
+        *_series(ServiceMetrics(lambda: None, lambda: 0, lambda: None).registry),
+    }
     for query in [*(rule["expr"] for rule in ALERTS), *_dashboard_queries()]:
         asked = set(re.findall(r"\btailstream_\w+", query))
         assert asked <= known, f"{sorted(asked - known)} in {query}"
