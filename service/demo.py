@@ -354,7 +354,7 @@ def count_dead_letters(settings: Settings, expected: int) -> int:
     """Distinct rejected records in the dead-letter topic, told apart by partition and offset in their headers."""
     if not expected:
         return 0
-    kafka = settings.kafka.model_copy(update={"topic": settings.kafka.dead_letters, "start": "earliest"})
+    kafka = settings.kafka.model_copy(update={"topic": settings.kafka.dead_letters})
     topic = describe_topic(kafka, kafka.topic)
     consumer = Consumer(kafka)
     try:

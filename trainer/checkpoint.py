@@ -4,6 +4,7 @@ train -> dead letters acknowledged -> snapshot durable -> offsets committed
 """
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
@@ -100,6 +101,18 @@ class Checkpoint:
         log.info("resumed", version=snapshot.manifest.version, samples=snapshot.manifest.samples)
         return snapshot.manifest
 
+    def begin(self, offsets: Mapping[int, int]) -> None:
+        """Notes where partitions without progress begin, so that a later start misses nothing of them.
+
+        Args:
+            offsets: what the source's `open` returned.
+        """
+        fresh = {p: PartitionProgress(next_offset=offset) for p, offset in offsets.items()}
+        first_start = not self.progress
+        self.progress = fresh | self.progress
+        if first_start:
+            self.durable = self.progress  # nothing has been learned that would need saving
+
     def advance(self, batch: Batch) -> None:
         """Notes that the learner's state now covers a batch."""
         self.progress = advance(self.progress, batch.progress)
@@ -138,8 +151,7 @@ class Checkpoint:
 
     def lag(self) -> dict[int, int]:
         """Records not yet learned from, by partition, as far as the source knows."""
-        ends = self._parts.source.ends()
-        return {p: max(0, end - self.progress[p].next_offset) if p in self.progress else end for p, end in ends.items()}
+        return self._parts.source.lag(self.progress)
 
     def _read(self) -> None:
         self._next_reading_s = time.monotonic() + self._settings.trainer.metrics_interval_s

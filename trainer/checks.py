@@ -87,8 +87,7 @@ def _records(settings: Settings) -> Finding:
 
 def _first_records(settings: Settings) -> list[Record]:
     topic = describe_topic(settings.kafka, settings.kafka.topic, WAIT_S)
-    first = settings.kafka.model_copy(update={"start": "earliest"})
-    consumer = Consumer(first, WAIT_S)
+    consumer = Consumer(settings.kafka, WAIT_S)
     try:
         consumer.assign(dict.fromkeys(topic.partitions))
         records: list[Record] = []

@@ -31,6 +31,7 @@ LINGER_MS: Final = 20
 MAX_IN_FLIGHT: Final = 10_000  # records sent and not yet acknowledged
 PROBE_S: Final = 2.0  # longest wait for a sign of life of a broker that has sent nothing for a while
 COMMIT_S: Final = 5.0
+METADATA_AGE_MS: Final = 10_000  # after which partitions that a topic has gained are known at the latest
 # What the client reports, as text alone, when both sides talk and do not agree. An end of the stream in a TLS
 # handshake is not among them: a broker that is being stopped does that too.
 TLS_REFUSALS: Final = ("certificate_verify_failed", "wrong_version_number", "alert", "hostname mismatch", "no_shared")
@@ -194,11 +195,12 @@ class Consumer:
             isolation_level=settings.isolation,
             max_partition_fetch_bytes=FETCH_BYTES,
             allow_auto_create_topics=False,
+            metadata_max_age_ms=METADATA_AGE_MS,
         )
         self._assigned: dict[int, TopicPartition] = {}
 
-    def assign(self, offsets: Mapping[int, int | None]) -> dict[int, int]:
-        """Takes partitions at these offsets; None means where `kafka.start` says.
+    def assign(self, offsets: Mapping[int, int | None], start: str = "earliest") -> dict[int, int]:
+        """Takes partitions at these offsets; None means at `start`: `earliest`, `latest` or an ISO 8601 time.
 
         Returns:
             The offset that each partition begins at.
@@ -206,19 +208,43 @@ class Consumer:
         self._assigned = {partition: TopicPartition(self._settings.topic, partition) for partition in offsets}
         self._consumer.assign(list(self._assigned.values()))
         fresh = [self._assigned[partition] for partition, offset in offsets.items() if offset is None]
-        begin = {**offsets, **self._start(fresh)} if fresh else offsets
+        begin = {**offsets, **self._start(fresh, start)} if fresh else offsets
         for partition, offset in begin.items():
             self._consumer.seek(self._assigned[partition], offset)
         return {partition: int(offset or 0) for partition, offset in begin.items()}
 
-    def _start(self, partitions: Sequence[TopicPartition]) -> dict[int, int]:
+    def add(self, partitions: Iterable[int]) -> dict[int, int]:
+        """Takes further partitions, at their beginning; the others stay where they are.
+
+        Returns:
+            The offset that each begins at.
+
+        Raises:
+            BrokerUnavailable: the broker does not say where they begin; nothing has changed.
+        """
+        added = {partition: TopicPartition(self._settings.topic, partition) for partition in partitions}
+        begin = self._start(list(added.values()), "earliest")
+        self._assigned |= added
+        self._consumer.assign(list(self._assigned.values()))
+        for partition, offset in begin.items():
+            self._consumer.seek(added[partition], offset)
+        return begin
+
+    def partitions(self) -> set[int]:
+        """The topic's partitions as of the newest metadata; those assigned where it is not known."""
+        # The method of the consumer's own waits for a broker where nothing is known.
+        found = self._consumer._cluster.partitions_for_topic(self._settings.topic)  # noqa: SLF001
+        return set(found or self._assigned)
+
+    def _start(self, partitions: Sequence[TopicPartition], start: str) -> dict[int, int]:
+        timeout_ms = int(PROBE_S * 1000)
         try:
-            if self._settings.start == "earliest":
-                found = self._consumer.beginning_offsets(partitions)
+            if start == "earliest":
+                found = self._consumer.beginning_offsets(partitions, timeout_ms=timeout_ms)
             else:
-                found = self._consumer.end_offsets(partitions)
-            if self._settings.start not in ("earliest", "latest"):
-                time = datetime.fromisoformat(self._settings.start)
+                found = self._consumer.end_offsets(partitions, timeout_ms=timeout_ms)
+            if start not in ("earliest", "latest"):
+                time = datetime.fromisoformat(start)
                 since_ms = int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1000)
                 at = self._consumer.offsets_for_times(dict.fromkeys(partitions, since_ms))
                 found = {part: at[part].offset if at.get(part) else end for part, end in found.items()}
@@ -271,6 +297,16 @@ class Consumer:
     def position(self, partition: int) -> int:
         """Offset of the next record of an assigned partition."""
         return int(self._consumer.position(self._assigned[partition]))
+
+    def positions(self) -> dict[int, int]:
+        """Offset that each assigned partition is read on at, where it is known without asking the broker."""
+        found: dict[int, int] = {}
+        with suppress(kafka.errors.KafkaError):
+            for partition, part in self._assigned.items():
+                position = self._consumer.position(part, timeout_ms=0)
+                if position is not None:
+                    found[partition] = int(position)
+        return found
 
     def bounds(self) -> dict[int, tuple[int, int]]:
         """First offset and end of each assigned partition, asked of the broker."""

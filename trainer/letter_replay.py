@@ -108,8 +108,7 @@ def replay(settings: KafkaSettings, reason: str | None, *, again: bool) -> Repla
 def _read_all(settings: KafkaSettings) -> Iterator[Record]:
     """The records that a topic has now, of all partitions."""
     partitions = describe_topic(settings, settings.topic).partitions
-    first = settings.model_copy(update={"start": "earliest"})
-    with closing(Consumer(first)) as consumer:
+    with closing(Consumer(settings)) as consumer:
         consumer.assign(dict.fromkeys(partitions))
         ends = {partition: end for partition, (begin, end) in consumer.bounds().items() if end > begin}
         heard_s = time.monotonic()

@@ -15,7 +15,7 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
     the checkpoint finds it due, and once more at the end.
     """
     try:
-        parts.source.open(checkpoint.progress)
+        checkpoint.begin(parts.source.open(checkpoint.progress))
         with prefetched(parts.source, batcher, max_wait_s) as batches:
             for batch in batches:
                 if batch is not None:

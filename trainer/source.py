@@ -3,14 +3,14 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeVar
 
 import structlog
 
-from trainer.batching import Progress, Record
+from trainer.batching import PartitionProgress, Progress, Record
 from trainer.config import KafkaSettings
 from trainer.errors import BrokerUnavailable, OffsetsLost, SourceError, TopicChanged, TopicMissing
 from trainer.files import read_values
@@ -33,14 +33,18 @@ class RecordSource(Protocol):
     lost_records: int  # that had expired before they were read
     broker_up: bool  # whether whoever has the records answers
 
-    def open(self, progress: Progress) -> None:
-        """Begins after `progress`; partitions that are not in it begin where the source's settings say."""
+    def open(self, progress: Progress) -> dict[int, int]:
+        """Begins after `progress`; without any, where the source's settings say.
+
+        Returns:
+            The offset that each partition begins at.
+        """
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """Up to `max_records` records, or none once `timeout_s` has passed."""
 
-    def ends(self) -> dict[int, int]:
-        """End offset of each partition, as far as it is known."""
+    def lag(self, progress: Progress) -> dict[int, int]:
+        """Records of each partition that `progress` does not cover yet, as far as it is known."""
 
     def commit(self, progress: Progress) -> None:
         """Says from outside how far a durable snapshot has come."""
@@ -49,10 +53,19 @@ class RecordSource(Protocol):
         """Lets go."""
 
 
+class _Place(NamedTuple):
+    """How far one partition has been read; offsets."""
+
+    begun: int
+    delivered: int  # one past the last record that `poll` returned
+    position: int  # where the client reads on: past transaction markers too, which are no records
+
+
 class KafkaSource:
     """All partitions of one topic, assigned and not subscribed: one trainer owns them all.
 
-    The client is for one thread: `open`, `poll` and `close` must not run at the same time. `ends` and `commit` may.
+    Partitions that the topic gains while it is read are read from their beginning. The client is for one thread:
+    `open`, `poll` and `close` must not run at the same time. `lag` and `commit` may.
 
     Attributes:
         identity: the topic as it was when the source was opened.
@@ -65,6 +78,7 @@ class KafkaSource:
         self._stop = stop
         self._consumer: Consumer | None = None
         self._ends: dict[int, int] = {}
+        self._places: dict[int, _Place] = {}
         self._to_commit: Progress | None = None
         self._silent_since_s = 0.0
         self._pause_s = SILENCE_S
@@ -74,8 +88,14 @@ class KafkaSource:
         self.lost_records = 0
         self.broker_up = False
 
-    def open(self, progress: Progress) -> None:
+    def open(self, progress: Progress) -> dict[int, int]:
         """Begins after `progress`; `wait` has found the topic. A broker that is away again is waited for.
+
+        Only a first start begins where `kafka.start` says. Later, a partition without progress is one that the topic
+        has gained, and nothing of it has been read.
+
+        Returns:
+            The offset that each partition begins at; none when told to stop before.
 
         Raises:
             BrokerRefused: the broker does not let us in.
@@ -88,19 +108,24 @@ class KafkaSource:
                 f"progress in {missing} too: it is another topic; give it its own store.url"
             )
         offsets = {p: progress[p].next_offset if p in progress else None for p in self.identity.partitions}
+        start = "earliest" if progress else self._settings.start
 
-        def begin() -> Consumer:
+        def begin() -> tuple[Consumer, dict[int, int]]:
             consumer = Consumer(self._settings)
             try:
-                begun = consumer.assign(offsets)
+                return consumer, consumer.assign(offsets, start)
             except BaseException:
                 consumer.close()
                 raise
-            log.info("reading", topic=self._settings.topic, offsets={str(p): offset for p, offset in begun.items()})
-            return consumer
 
-        self._consumer = self.insist(begin)
+        opened = self.insist(begin)
+        if opened is None:
+            return {}
+        self._consumer, begun = opened
+        self._places = {partition: _Place(offset, offset, offset) for partition, offset in begun.items()}
+        log.info("reading", topic=self._settings.topic, offsets=_by_name(begun))
         self._heard()
+        return begun
 
     def wait(self) -> None:
         """Waits until broker and topic are there, or until told to stop, and notes what the topic is.
@@ -147,17 +172,40 @@ class KafkaSource:
         topic_id = consumer.topic_id()
         if topic_id is not None and self.identity.topic_id not in (None, topic_id):
             raise self._made_again(topic_id)
+        added = consumer.partitions() - set(self.identity.partitions)
+        if added:
+            self._take_up(consumer, added)
         if records:
+            self._note(consumer, {record.partition: record.offset + 1 for record in records})
             self._ends = consumer.ends()
             self._heard()
         elif time.monotonic() - self._silent_since_s > self._pause_s:
             self._ask(consumer)
         return records
 
+    def _take_up(self, consumer: Consumer, partitions: set[int]) -> None:
+        """Reads partitions that the topic has gained, too; from their beginning, so that nothing is missed."""
+        try:
+            begun = consumer.add(partitions)
+        except BrokerUnavailable:
+            return  # no leader yet: the next poll tries again
+        self.identity = self.identity._replace(partitions=tuple(sorted({*self.identity.partitions, *partitions})))
+        self._places = self._places | {p: _Place(offset, offset, offset) for p, offset in begun.items()}
+        log.info("reading partitions that were added", topic=self._settings.topic, offsets=_by_name(begun))
+
+    def _note(self, consumer: Consumer, delivered: Mapping[int, int]) -> None:
+        """Notes how far each partition has been read; `delivered` is one past the newest record of some."""
+        positions = consumer.positions()
+        self._places = {  # in one assignment, as `lag` reads it on another thread
+            p: place._replace(delivered=delivered.get(p, place.delivered), position=positions.get(p, place.position))
+            for p, place in self._places.items()
+        }
+
     def _ask(self, consumer: Consumer) -> None:
         """Whether nothing comes because there is nothing, or because nobody is there."""
         ends = consumer.look_for_ends()
         if ends is not None and not self._trouble:
+            self._note(consumer, {})
             self._ends = ends
             self._heard()
             return
@@ -222,9 +270,10 @@ class KafkaSource:
             )
             consumer.seek({partition: target})
 
-    def ends(self) -> dict[int, int]:
-        """High watermark of each partition, as last heard."""
-        return self._ends
+    def lag(self, progress: Progress) -> dict[int, int]:
+        """Records of each partition between `progress` and the end that was last heard of."""
+        places = self._places
+        return {p: max(0, end - _reached(places[p], progress.get(p))) for p, end in self._ends.items() if p in places}
 
     def commit(self, progress: Progress) -> None:
         """Has the offsets committed for the group, for lag tools; resuming does not use them."""
@@ -239,6 +288,17 @@ class KafkaSource:
                 self._consumer.commit_and_wait({p: part.next_offset for p, part in self._to_commit.items()})
         self._consumer.close()
         self._consumer = None
+
+
+def _reached(place: _Place, part: PartitionProgress | None) -> int:
+    """The offset up to which nothing is left to learn from."""
+    done = place.begun if part is None else part.next_offset
+    return place.position if done >= place.delivered else done
+
+
+def _by_name(offsets: Mapping[int, int]) -> dict[str, int]:
+    """Offsets as a log line has them."""
+    return {str(partition): offset for partition, offset in sorted(offsets.items())}
 
 
 def check_same_topic(manifest: Manifest, identity: TopicDescription) -> None:
@@ -268,10 +328,11 @@ class FileSource:
         self.lost_records = 0
         self.broker_up = True
 
-    def open(self, progress: Progress) -> None:
+    def open(self, progress: Progress) -> dict[int, int]:
         """Begins after the records that `progress` covers."""
         begin = progress[0].next_offset if 0 in progress else 0
         self._values = itertools.islice(enumerate(read_values(self._path, self._schema)), begin, None)
+        return {0: begin}
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """The next records; none at the end of the file.
@@ -284,7 +345,7 @@ class FileSource:
         self.exhausted = len(records) < max_records
         return records
 
-    def ends(self) -> dict[int, int]:
+    def lag(self, progress: Progress) -> dict[int, int]:
         """Nothing: where a file ends is known once it has been read."""
         return {}
 

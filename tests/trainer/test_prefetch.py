@@ -27,8 +27,8 @@ class Polled:
         self._limit = polls
         self._at_end = at_end
 
-    def open(self, progress: Progress) -> None:
-        """Begins at 0."""
+    def open(self, progress: Progress) -> dict[int, int]:
+        return {0: 0}
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         if self.polls == self._limit:
@@ -41,7 +41,7 @@ class Polled:
             self.filled.set()
         return [Record(0, first + n, 0.0, None, VALUE) for n in range(SIZE)]
 
-    def ends(self) -> dict[int, int]:
+    def lag(self, progress: Progress) -> dict[int, int]:
         return {}
 
     def commit(self, progress: Progress) -> None:
