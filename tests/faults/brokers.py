@@ -163,7 +163,7 @@ def topic_made_again(ground: Ground) -> str:
     return f"exit {code}: {why}; {consumed(snapshot.manifest)} records, none of the new"
 
 
-@case("partitions added", "at the next start; 400 records of 3 partitions, each once")
+@case("partitions added", "while it runs and while it does not; 500 records of 5 partitions, each once")
 def partitions_added(ground: Ground) -> str:
     config, settings = ground.settings()
     send(settings, rows(100))
@@ -171,11 +171,17 @@ def partitions_added(ground: Ground) -> str:
     wait_until_consumed(settings, 100, trainer)
     with admin(settings) as client:
         client.create_partitions({settings.kafka.topic: 3})
-    trainer.stop()
     send(settings, rows(300))
+    wait_until_consumed(settings, 400, trainer)
+    trainer.stop()
+    with admin(settings) as client:
+        client.create_partitions({settings.kafka.topic: 5})
+    send(settings, rows(100))
     trainer = Trainer(config)
-    count = len(wait_until_consumed(settings, 400, trainer).manifest.partitions)
-    return f"at the next start; {outcome(settings, trainer).replace(',', f' of {count} partitions,', 1)}"
+    count = len(wait_until_consumed(settings, 500, trainer).manifest.partitions)
+    return (
+        f"while it runs and while it does not; {outcome(settings, trainer).replace(',', f' of {count} partitions,', 1)}"
+    )
 
 
 @case("another cluster at the same address", "exit 4 naming cluster_id; with the first back: 200 records, each once")

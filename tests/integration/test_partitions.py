@@ -1,0 +1,122 @@
+"""What is read of a topic whose partitions are empty, are added, or end with a transaction's marker."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import kafka
+import kafka.admin
+
+from tests.rig import Trainer, each_once, rows, send, wait_until, wait_until_consumed
+from trainer.batching import PartitionProgress, Record
+from trainer.config import Settings, load
+from trainer.kafka_client import create_topic
+from trainer.source import KafkaSource
+
+
+@contextmanager
+def opened(settings: Settings, progress: dict[int, PartitionProgress] | None = None) -> Iterator[KafkaSource]:
+    source = KafkaSource(settings.kafka, threading.Event())
+    with closing(source):
+        source.wait()
+        source.open(progress or {})
+        yield source
+
+
+def read(source: KafkaSource, count: int) -> list[Record]:
+    found: list[Record] = []
+
+    def enough() -> bool:
+        found.extend(source.poll(1000, 0.1))
+        return len(found) >= count
+
+    wait_until(enough, f"{count} records are read")
+    return found
+
+
+def add_partitions(settings: Settings, total: int) -> None:
+    with closing(kafka.admin.KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)) as client:
+        client.create_partitions({settings.kafka.topic: total})
+
+
+def test_partitions_added_while_the_trainer_runs_are_learned_from_once_each(
+    real_kafka: str, write_config: Callable[..., Path]
+) -> None:
+    config = write_config(real_kafka, more='batch.max_wait_s = 0.05\nkafka.start = "latest"')
+    settings = load(config)
+    create_topic(settings.kafka, settings.kafka.topic, 1)
+    trainer = Trainer(config)
+    trainer.says("reading")
+    send(settings, rows(100))
+    wait_until_consumed(settings, 100, trainer)
+    add_partitions(settings, 3)
+    send(settings, rows(300))  # a new producer knows all partitions at once
+    parts = wait_until_consumed(settings, 400, trainer).manifest.partitions
+    assert trainer.stop() == 0
+    assert sorted(parts) == [0, 1, 2]
+    assert sum(part.trained for part in parts.values()) == 400
+    assert all(each_once(part) for part in parts.values())
+
+
+def test_what_comes_to_an_empty_partition_while_the_trainer_is_away_is_not_passed_over(
+    real_kafka: str, write_config: Callable[..., Path]
+) -> None:
+    config = write_config(real_kafka, more='batch.max_wait_s = 0.05\nkafka.start = "latest"')
+    settings = load(config)
+    create_topic(settings.kafka, settings.kafka.topic, 2)
+    trainer = Trainer(config)
+    trainer.says("reading")
+    with closing(kafka.KafkaProducer(bootstrap_servers=settings.kafka.bootstrap_servers)) as producer:
+        for value in rows(50):
+            producer.send(settings.kafka.topic, value, partition=0)
+        producer.flush()
+        parts = wait_until_consumed(settings, 50, trainer).manifest.partitions
+        assert parts[1] == PartitionProgress(next_offset=0)
+        trainer.kill()
+        for value in rows(50):
+            producer.send(settings.kafka.topic, value, partition=1)
+        producer.flush()
+    trainer = Trainer(config)
+    parts = wait_until_consumed(settings, 100, trainer).manifest.partitions
+    assert trainer.stop() == 0
+    assert all(part.trained == 50 and each_once(part) for part in parts.values())
+
+
+def test_lag_counts_from_where_reading_began(real_kafka: str, settings_for: Callable[..., Settings]) -> None:
+    settings = settings_for(real_kafka, more='kafka.start = "latest"')
+    send(settings, rows(30), partitions=1)
+    with opened(settings) as source:
+        send(settings, rows(20))
+        records = read(source, 20)
+        assert [record.offset for record in records] == list(range(30, 50))
+        assert source.lag({}) == {0: 20}
+        assert source.lag({0: PartitionProgress(next_offset=45)}) == {0: 5}
+        assert source.lag({0: PartitionProgress(next_offset=50)}) == {0: 0}
+
+
+def test_the_marker_at_the_end_of_a_transaction_is_no_lag(
+    real_kafka: str, settings_for: Callable[..., Settings]
+) -> None:
+    settings = settings_for(real_kafka)
+    create_topic(settings.kafka, settings.kafka.topic, 1)
+    with closing(
+        kafka.KafkaProducer(
+            bootstrap_servers=settings.kafka.bootstrap_servers, transactional_id=f"{settings.kafka.topic}-1"
+        )
+    ) as producer:
+        producer.init_transactions()
+        producer.begin_transaction()
+        for value in rows(10):
+            producer.send(settings.kafka.topic, value)
+        producer.commit_transaction()
+    with opened(settings) as source:
+        assert len(read(source, 10)) == 10
+        learned = {0: PartitionProgress(next_offset=10)}
+
+        def caught_up() -> bool:
+            source.poll(1000, 0.1)
+            return source.lag(learned) == {0: 0}
+
+        wait_until(caught_up, "the marker is passed")
+        assert source.lag({0: PartitionProgress(next_offset=9)})[0] > 0  # a record is still to be learned from
