@@ -83,6 +83,7 @@ function show() {
   const quiet = model.age_s > QUIET_S;
   if (!model.healthy) say("bad", "unhealthy model");
   else if (state.not_ready) say("bad", "not ready");
+  else if (model.pinned !== null) say("warn", "pinned");
   else if (quiet) say("warn", "quiet");
   else say("good", "live");
   notice(
@@ -90,6 +91,8 @@ function show() {
       ? `Not all is well: ${state.trouble}.`
       : state.not_ready
         ? `Not ready: ${state.not_ready}`
+        : model.pinned !== null
+        ? `Every service of this store stays with version ${model.pinned}, whatever the trainer writes.`
         : quiet
           ? `No new snapshot for ${Charts.duration(model.age_s)}: the stream is quiet, or the trainer has stopped. ` +
             "Predictions go on with the last model."
@@ -109,6 +112,7 @@ function show() {
   showErrors();
   remember();
   draw();
+  Versions.refresh(model);
 }
 
 function showErrors() {
