@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 
 from service.metrics import ServiceMetrics
+from tests.service.store import in_process, make_settings, write_snapshot
 from trainer.config import load
 from trainer.metrics import TrainerMetrics
 
@@ -81,6 +82,20 @@ def test_prometheus_asks_where_trainer_and_service_answer() -> None:
 def test_promtool_accepts_configuration_and_alerts(arguments: list[str]) -> None:
     done = subprocess.run(["promtool", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_promtool_finds_no_fault_in_the_metrics(tmp_path: Path) -> None:
+    """Of both programs, with values: names, units and help texts are as Prometheus wants them."""
+    settings = make_settings(tmp_path / "store")
+    write_snapshot(settings)
+    predictor = in_process(settings, 1)
+    service = ServiceMetrics(lambda: predictor, lambda: 0, lambda: 1)
+    service.observe("/predict", "POST", 200, 0.001)
+    for registry in (TrainerMetrics().registry, service.registry):
+        text = generate_latest(registry)
+        done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
 def _dashboard_queries() -> list[str]:
