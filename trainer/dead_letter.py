@@ -5,13 +5,15 @@ The header names are those of Kafka Connect's dead letter queue, so its tools re
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from trainer.batching import Rejection
 from trainer.errors import PublishError
-from trainer.kafka_client import Producer
+from trainer.kafka_client import Producer, Sent
 
 HEADER_PREFIX: Final = "__connect.errors."
+OMITTED: Final = f"{HEADER_PREFIX}value.omitted.bytes"  # the size of a value that the topic does not take
 FLUSH_S: Final = 5.0  # longest wait for acknowledgements; a clean stop waits with it
 STAGE: Final = "VALUE_CONVERTER"
 
@@ -20,8 +22,8 @@ class DeadLetters:
     """Writes rejected records to the dead-letter topic: key, value and headers unchanged, the reason in more headers.
 
     Written at least once: after a crash, or while the broker is away, a record may be there twice, and is told apart by
-    its offset header. `write` only queues, so training never waits for a broker; `flush` is for the thread that writes
-    snapshots, and one thread alone.
+    its offset header. A value that is too large for the topic is left out, its size in a header. `write` only queues,
+    so training never waits for a broker; `flush` is for the thread that writes snapshots, and one thread alone.
     """
 
     def __init__(self, producer: Producer, source_topic: str, topic: str) -> None:
@@ -47,9 +49,10 @@ class DeadLetters:
         if not queued:
             return
         try:
-            for rejection in queued:
-                self._send(rejection)
-            self._producer.flush(FLUSH_S)
+            sent = [self._send(rejection) for rejection in queued]
+            self._wait()
+            for rejection, letter in zip(queued, sent, strict=True):
+                self._see_through(rejection, letter)
         except PublishError as error:
             raise PublishError(
                 f"{len(queued)} rejected records could not be written to topic {self._topic!r} yet: {error}"
@@ -57,7 +60,20 @@ class DeadLetters:
         with self._lock:
             del self._unacknowledged[: len(queued)]
 
-    def _send(self, rejection: Rejection) -> None:
+    def _wait(self) -> None:
+        with suppress(PublishError):  # each letter says for itself what became of it
+            self._producer.flush(FLUSH_S)
+
+    def _see_through(self, rejection: Rejection, letter: Sent) -> None:
+        """Makes sure that a letter has arrived; one that is too large is sent alone, then without its value."""
+        for without_value in (False, True):  # in a batch of several, another one may have been too large
+            if letter.too_large:
+                letter = self._send(rejection, without_value=without_value)
+                self._wait()
+        if not letter.acknowledged:
+            raise PublishError(letter.failure or "no answer")
+
+    def _send(self, rejection: Rejection, *, without_value: bool = False) -> Sent:
         record, error = rejection
         why = {
             "topic": self._source_topic,
@@ -68,4 +84,8 @@ class DeadLetters:
             "exception.message": f"{error.reason}: {error}",
         }
         headers = [(HEADER_PREFIX + name, text.encode(errors="replace")) for name, text in why.items()]
-        self._producer.send(self._topic, record.value, record.key, [*record.headers, *headers])
+        value = record.value
+        if without_value and value is not None:
+            headers.append((OMITTED, str(len(value)).encode()))
+            value = b""
+        return self._producer.send(self._topic, value, record.key, [*record.headers, *headers])

@@ -31,6 +31,7 @@ LINGER_MS: Final = 20
 MAX_IN_FLIGHT: Final = 10_000  # records sent and not yet acknowledged
 PROBE_S: Final = 2.0  # longest wait for a sign of life of a broker that has sent nothing for a while
 COMMIT_S: Final = 5.0
+MAX_REQUEST_BYTES: Final = 64 << 20  # the client's own limit; what a topic takes is for the broker to say
 METADATA_AGE_MS: Final = 10_000  # after which partitions that a topic has gained are known at the latest
 # What the client reports, as text alone, when both sides talk and do not agree. An end of the stream in a TLS
 # handshake is not among them: a broker that is being stopped does that too.
@@ -41,6 +42,8 @@ REFUSED: Final = (
     kafka.errors.IllegalSaslStateError,
     kafka.errors.AuthorizationError,
 )
+
+TOO_LARGE: Final = (kafka.errors.MessageSizeTooLargeError, kafka.errors.RecordListTooLargeError)
 
 
 class TopicDescription(NamedTuple):
@@ -382,6 +385,30 @@ class Consumer:
             self._consumer.close()
 
 
+class Sent:
+    """A record given to the client, and what has become of it."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether the broker has it."""
+        return bool(self._future.succeeded())
+
+    @property
+    def failure(self) -> str:
+        """Why the broker will not get it; empty as long as it may."""
+        return repr(self._future.exception) if self._future.failed() else ""
+
+    @property
+    def too_large(self) -> bool:
+        """Whether the broker does not take that much in one batch."""
+        return isinstance(self._future.exception, TOO_LARGE)
+
+
 class Producer:
     """Sends records, and remembers those not yet acknowledged."""
 
@@ -392,15 +419,22 @@ class Producer:
             timeout_s,
             acks="all",
             linger_ms=LINGER_MS,
+            max_request_size=MAX_REQUEST_BYTES,
             compression_type="lz4",
         )
         self._unacknowledged: list[Any] = []
         self.acknowledged = 0
 
     def send(
-        self, topic: str, value: bytes | None, key: bytes | None = None, headers: Iterable[tuple[str, bytes]] = ()
-    ) -> None:
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None = None,
+        headers: Iterable[tuple[str, bytes | None]] = (),
+    ) -> Sent:
         """Queues a record; waits for acknowledgements when many are queued.
+
+        A header without a value gets an empty one: the client sends no other.
 
         Raises:
             PublishError: a record could not be sent, this one or one before it.
@@ -408,9 +442,11 @@ class Producer:
         if len(self._unacknowledged) >= MAX_IN_FLIGHT:
             self.flush()
         try:
-            self._unacknowledged.append(self._producer.send(topic, value, key, list(headers)))
+            future = self._producer.send(topic, value, key, [(name, text or b"") for name, text in headers])
         except kafka.errors.KafkaError as error:
             raise PublishError(f"a record could not be sent to topic {topic!r}: {error}") from error
+        self._unacknowledged.append(future)
+        return Sent(future)
 
     def flush(self, timeout_s: float = 60.0) -> None:
         """Waits until all records sent are acknowledged.

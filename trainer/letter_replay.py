@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from trainer.batching import Record
 from trainer.config import KafkaSettings
-from trainer.dead_letter import HEADER_PREFIX
+from trainer.dead_letter import HEADER_PREFIX, OMITTED
 from trainer.errors import BrokerUnavailable
 from trainer.kafka_client import Consumer, Producer, describe_topic
 
@@ -31,6 +31,11 @@ class Letter(NamedTuple):
     message: str
 
     @property
+    def whole(self) -> bool:
+        """Whether its value is there; one that was too large for the dead-letter topic is not."""
+        return all(name != OMITTED for name, _ in self.record.headers)
+
+    @property
     def original_headers(self) -> list[tuple[str, bytes]]:
         """The record's headers as they were before it was rejected."""
         return [(name, value) for name, value in self.record.headers if not name.startswith(HEADER_PREFIX)]
@@ -42,6 +47,7 @@ class Replayed(NamedTuple):
     sent: int
     before: int  # were replayed by an earlier run
     others: int  # have another reason than the one asked for
+    omitted: int  # have no value to send, as it was too large for the dead-letter topic
 
 
 def read_letters(settings: KafkaSettings) -> Iterator[Letter]:
@@ -89,7 +95,7 @@ def replay(settings: KafkaSettings, reason: str | None, *, again: bool) -> Repla
     """
     letters = list(read_letters(settings))
     done = {name: _replayed(settings, name) for name in {ALL, *(letter.reason for letter in letters)}}
-    sent = before = others = 0
+    sent = before = others = omitted = 0
     with closing(Producer(settings)) as producer:
         for letter in letters:
             at = letter.record.partition
@@ -97,12 +103,14 @@ def replay(settings: KafkaSettings, reason: str | None, *, again: bool) -> Repla
                 others += 1
             elif not again and letter.record.offset < max(done[ALL].get(at, 0), done[letter.reason].get(at, 0)):
                 before += 1
+            elif not letter.whole:
+                omitted += 1
             else:
                 producer.send(letter.topic, letter.record.value, letter.record.key, letter.original_headers)
                 sent += 1
         producer.flush()
     _note(settings, reason or ALL, letters)
-    return Replayed(sent, before, others)
+    return Replayed(sent, before, others, omitted)
 
 
 def _read_all(settings: KafkaSettings) -> Iterator[Record]:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from service.cli import app
 from tests.rig import Trainer, bits, each_once, newest, read_all, rows, send, wait_until_consumed
 from trainer.batching import Record
 from trainer.config import load
-from trainer.dead_letter import HEADER_PREFIX
+from trainer.dead_letter import HEADER_PREFIX, OMITTED
 from trainer.kafka_client import Producer, create_topic
 
 
@@ -115,6 +117,33 @@ def test_bad_records_become_dead_letters_that_say_why_and_no_good_one_is_lost(
         message = headers[f"{HEADER_PREFIX}exception.message"].decode()
         assert message.startswith(f"{reason}: ")
         assert field is None or field in message
+
+
+def test_letters_that_the_topic_does_not_take_are_kept_without_their_value(
+    real_kafka: str, write_config: Callable[..., Path]
+) -> None:
+    config = write_config(real_kafka, more="batch.max_wait_s = 0.05")
+    settings = load(config)
+    send(settings, rows(100))
+    large = random.Random(1).randbytes(1_048_576 - 300)  # a broker takes it, but not with more headers
+    producer = Producer(settings.kafka)
+    producer.send(settings.kafka.topic, b"not a record")
+    producer.flush()
+    producer.send(settings.kafka.topic, large)
+    producer.flush()
+    producer.close()
+
+    trainer = Trainer(config)
+    (part,) = wait_until_consumed(settings, 102, trainer).manifest.partitions.values()
+    assert trainer.stop() == 0
+    assert (part.trained, part.rejected) == (100, 2)
+    small, cut = sorted(read_all(settings, settings.kafka.dead_letters, 2), key=source_offset)
+    assert small.value == b"not a record"
+    assert cut.value == b""
+    assert dict(cut.headers)[OMITTED] == str(len(large)).encode()
+    assert (
+        "replayed 1 dead letters" in CliRunner().invoke(app, ["dead-letters", "replay", "--config", str(config)]).output
+    )
 
 
 def source_offset(letter: Record) -> int:
