@@ -27,7 +27,7 @@ def plain(path: Path, data: bytes) -> Path:
 
 def zipped(path: Path, data: bytes) -> Path:
     path = path.with_name(path.name + ".gz")
-    path.write_bytes(gzip.compress(data))
+    path.write_bytes(gzip.compress(data, mtime=0))
     return path
 
 
@@ -89,8 +89,8 @@ def test_values_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
         ("absent.jsonl", None, "cannot be read: No such file"),
         ("empty.csv", b"", "is empty"),
         ("data.jsonl.gz", b"not gzip", "cannot be read to its end"),
-        ("torn.jsonl.gz", gzip.compress(LINES * 99)[:-20], "cannot be read to its end"),
-        ("altered.jsonl.gz", gzip.compress(LINES)[:12] + b"\xff" * 30, "cannot be read to its end"),
+        ("torn.jsonl.gz", gzip.compress(LINES * 99, mtime=0)[:-20], "cannot be read to its end"),
+        ("altered.jsonl.gz", gzip.compress(LINES, mtime=0)[:12] + b"\xff" * 30, "cannot be read to its end"),
         ("wide.csv", b"price\n" + b"1" * 200_000, "cannot be read to its end"),
     ],
 )
