@@ -410,9 +410,15 @@ class Sent:
 
 
 class Producer:
-    """Sends records, and remembers those not yet acknowledged."""
+    """Sends records, and remembers those not yet acknowledged.
 
-    def __init__(self, settings: KafkaSettings, timeout_s: float = 5.0) -> None:
+    Args:
+        settings: where to.
+        timeout_s: how long to look for a broker.
+        idempotent: whether a retry sends no record twice; such a client sends nothing more after a record was refused.
+    """
+
+    def __init__(self, settings: KafkaSettings, timeout_s: float = 5.0, *, idempotent: bool = True) -> None:
         self._producer = _connect(
             kafka.KafkaProducer,
             settings,
@@ -420,6 +426,7 @@ class Producer:
             acks="all",
             linger_ms=LINGER_MS,
             max_request_size=MAX_REQUEST_BYTES,
+            enable_idempotence=idempotent,
             compression_type="lz4",
         )
         self._unacknowledged: list[Any] = []

@@ -87,7 +87,7 @@ def _dead_letter_producer(settings: Settings) -> Producer:
     """A producer, its topic made where it is missing."""
     if create_topic(settings.kafka, settings.kafka.dead_letters):
         log.info("made the dead-letter topic", topic=settings.kafka.dead_letters)
-    return Producer(settings.kafka)
+    return Producer(settings.kafka, idempotent=False)
 
 
 @contextmanager
