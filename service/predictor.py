@@ -9,9 +9,11 @@ from typing import Final, NamedTuple, Self
 
 import msgspec
 import numpy as np
+import structlog
 import torch
 
 from trainer.config import Settings
+from trainer.errors import SnapshotError, TailstreamError
 from trainer.label_density import LabelGrid
 from trainer.model import Model, build_model, learned_prior, load_inference
 from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
@@ -19,6 +21,8 @@ from trainer.schema import FeatureSchema, Row
 from trainer.snapshot import Manifest, Snapshot, SnapshotStore, check_fits
 
 PASS_MULTIPLE: Final = 64
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class Asked(NamedTuple):
@@ -134,11 +138,17 @@ def load_predictor(store: SnapshotStore, version: int, settings: Settings) -> Pr
     Raises:
         SnapshotCorrupt: it is absent or damaged.
         SnapshotMismatch: it is of another model than the configuration describes.
-        ConfigError, KeyError, RuntimeError: see `Predictor.from_snapshot`.
+        SnapshotError: it cannot be loaded for a reason that nobody thought of, which the log has whole.
     """
-    check_fits(store.manifest(version), settings)
-    predictor = Predictor.from_snapshot(store.load(version, training=False), settings)
-    predictor.predict([], balance=0.5, interval=0.9)
+    try:
+        check_fits(store.manifest(version), settings)
+        predictor = Predictor.from_snapshot(store.load(version, training=False), settings)
+        predictor.predict([], balance=0.5, interval=0.9)
+    except TailstreamError:
+        raise
+    except Exception as error:
+        log.exception("snapshot cannot be loaded", model_version=version)
+        raise SnapshotError(f"snapshot {version} cannot be loaded: {error!r}") from error
     return predictor
 
 

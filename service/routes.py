@@ -27,8 +27,6 @@ from trainer.config import Settings
 
 PAGES: Final = Path(__file__).parent / "dashboard"
 SWAGGER_UI: Final = Path(str(files("fastapi_offline"))) / "static"
-
-
 _VERSION: Final = TypeAdapter[int](VersionNumber)
 
 
@@ -94,9 +92,9 @@ class PredictEndpoint:
 
     async def _predictor(self, version: int) -> Predictor:
         current = self._watcher.predictor
-        return (
-            current if current is not None and current.version == version else await self._versions.predictor(version)
-        )
+        if current is not None and current.version == version:
+            return current
+        return await self._versions.predictor(version)
 
     def _check(self, scope: Scope, version: int | None) -> None:
         """Refuses what need not be read."""

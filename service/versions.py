@@ -4,7 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Final, NamedTuple, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import structlog
 from fastapi import APIRouter, Depends, Path, Request
@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.predictor import Predictor, load_predictor
 from service.problems import FOREIGN, NO_SUCH_VERSION, OVERLOADED, STORE, UNUSABLE_VERSION, Problem, described
-from service.watcher import Watcher
+from service.watcher import SnapshotKey, Watcher, snapshot_key, snapshot_keys
 from trainer.config import Settings
 from trainer.errors import SnapshotCorrupt, SnapshotError, TailstreamError
-from trainer.snapshot import MANIFEST_FILE, Manifest, SnapshotStore
+from trainer.snapshot import Manifest, SnapshotStore
 
 KEPT_LOADED: Final = 4  # models of asked versions that stay in memory
 MOST_WAITING: Final = 64  # requests that wait for the store; a load takes some tens of milliseconds
@@ -82,13 +82,6 @@ class ActivatedResponse(BaseModel):
     in_use: int | None = Field(description="The version that answered here so far; it follows within a poll.")
 
 
-class _Key(NamedTuple):
-    """Tells apart versions of one number, where a store was emptied and begun anew."""
-
-    version: int
-    written_ns: int
-
-
 class Versions:
     """Reads and pins versions in one thread of its own: the event loop never waits for a disk.
 
@@ -100,8 +93,8 @@ class Versions:
     def __init__(self, store: SnapshotStore, settings: Settings) -> None:
         self._store = store
         self._settings = settings
-        self._loaded: OrderedDict[_Key, Predictor] = OrderedDict()  # the least recently asked first
-        self._listed: dict[_Key, KeptModel] = {}
+        self._loaded: OrderedDict[SnapshotKey, Predictor] = OrderedDict()  # the least recently asked first
+        self._listed: dict[SnapshotKey, KeptModel] = {}
         self._waiting = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="versions")
 
@@ -145,7 +138,7 @@ class Versions:
     # In the thread
 
     def _predictor(self, version: int) -> Predictor:
-        key = self._key(version)
+        key = snapshot_key(self._store, version)
         if key is None:
             raise _no_such(version)
         if key not in self._loaded:
@@ -155,23 +148,20 @@ class Versions:
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
-    def _load(self, key: _Key) -> Predictor:
+    def _load(self, key: SnapshotKey) -> Predictor:
         try:
             return load_predictor(self._store, key.version, self._settings)
-        except Exception as error:
-            if self._key(key.version) != key:  # retention was faster
+        except TailstreamError as error:
+            if snapshot_key(self._store, key.version) != key:  # retention was faster
                 raise _no_such(key.version) from None
-            if not isinstance(error, TailstreamError):
-                log.exception("snapshot cannot be loaded", model_version=key.version)
-            why = str(error) if isinstance(error, TailstreamError) else f"it cannot be loaded: {error!r}"
-            raise Problem(UNUSABLE_VERSION, f"Version {key.version} cannot answer: {why}.") from error
+            raise Problem(UNUSABLE_VERSION, f"Version {key.version} cannot answer: {error}.") from error
 
     def _kept(self) -> list[KeptModel]:
         try:
-            keys = [key for version in reversed(self._store.versions()) if (key := self._key(version)) is not None]
+            keys = snapshot_keys(self._store)
         except SnapshotError as error:
             raise Problem(STORE, f"{error}.") from error
-        listed: dict[_Key, KeptModel] = {}
+        listed: dict[SnapshotKey, KeptModel] = {}
         for key in keys:
             try:
                 listed[key] = self._listed.get(key) or _summary(self._store.manifest(key.version))
@@ -190,12 +180,6 @@ class Versions:
         except OSError as error:
             raise Problem(STORE, f"The pin could not be written to {self._store.path}: {error.strerror}.") from error
         log.info("services follow the newest snapshot" if version is None else "version pinned", model_version=version)
-
-    def _key(self, version: int) -> _Key | None:
-        try:
-            return _Key(version, (self._store.folder(version) / MANIFEST_FILE).stat().st_mtime_ns)
-        except OSError:
-            return None
 
 
 def _no_such(version: int | None) -> Problem:

@@ -16,11 +16,28 @@ STOP_S: Final = 10.0  # longest wait for a load that runs while the service stop
 log = structlog.stdlib.get_logger(__name__)
 
 
-class _Key(NamedTuple):
+class SnapshotKey(NamedTuple):
     """Tells apart snapshots of one number, where a store was emptied and begun anew."""
 
     version: int
     written_ns: int
+
+
+def snapshot_key(store: SnapshotStore, version: int) -> SnapshotKey | None:
+    """The key of a snapshot; None where there is none of that number."""
+    try:
+        return SnapshotKey(version, (store.folder(version) / MANIFEST_FILE).stat().st_mtime_ns)
+    except OSError:
+        return None
+
+
+def snapshot_keys(store: SnapshotStore) -> list[SnapshotKey]:
+    """All snapshots of a store, from the newest; without those that went while they were listed.
+
+    Raises:
+        SnapshotError: the store cannot be read.
+    """
+    return [key for version in reversed(store.versions()) if (key := snapshot_key(store, version)) is not None]
 
 
 class Watcher:
@@ -41,9 +58,9 @@ class Watcher:
         self.trouble: str | None = f"there is no snapshot in {store.path}"
         self._store = store
         self._settings = settings
-        self._loaded: _Key | None = None
-        self._refused: dict[_Key, str] = {}
-        self._health: dict[_Key, bool] = {}
+        self._loaded: SnapshotKey | None = None
+        self._refused: dict[SnapshotKey, str] = {}
+        self._health: dict[SnapshotKey, bool] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
 
@@ -85,7 +102,7 @@ class Watcher:
             Why the newest one (or the pinned one) is not in use or should not be, None if all is well.
         """
         self.pinned = pinned = self._store.active()
-        keys = [key for key in self._keys() if pinned is None or key.version == pinned]
+        keys = [key for key in snapshot_keys(self._store) if pinned is None or key.version == pinned]
         self._refused = {key: why for key, why in self._refused.items() if key in keys}
         self._health = {key: healthy for key, healthy in self._health.items() if key in keys}
         if not keys:
@@ -100,18 +117,7 @@ class Watcher:
             return f"snapshot {keys[0].version} is unhealthy: its recent error is no better than the running median's"
         return None
 
-    def _keys(self) -> list[_Key]:
-        """All snapshots, from the newest."""
-        keys = []
-        for version in reversed(self._store.versions()):
-            try:
-                written_ns = (self._store.folder(version) / MANIFEST_FILE).stat().st_mtime_ns
-            except OSError:
-                continue  # gone since it was listed
-            keys.append(_Key(version, written_ns))
-        return keys
-
-    def _candidates(self, keys: list[_Key]) -> Iterator[_Key]:
+    def _candidates(self, keys: list[SnapshotKey]) -> Iterator[SnapshotKey]:
         """Snapshots that may replace the model at hand, the best first."""
         has_healthy = self.predictor is not None and self.predictor.manifest.healthy
         if has_healthy and self._loaded is not None and keys[0] >= self._loaded:
@@ -121,7 +127,7 @@ class Watcher:
         if not has_healthy:
             yield from (key for key in keys if not self._is_healthy(key))
 
-    def _is_healthy(self, key: _Key) -> bool:
+    def _is_healthy(self, key: SnapshotKey) -> bool:
         if key not in self._health:
             try:
                 self._health[key] = self._store.manifest(key.version).healthy
@@ -130,21 +136,17 @@ class Watcher:
                 self._health[key] = False
         return self._health[key]
 
-    def _take(self, key: _Key) -> bool:
+    def _take(self, key: SnapshotKey) -> bool:
         """Loads a snapshot, checks that it answers, and swaps it in."""
         try:
             predictor = load_predictor(self._store, key.version, self._settings)
         except TailstreamError as error:
             self._refuse(key, str(error))
             return False
-        except Exception as error:
-            log.exception("snapshot cannot be loaded", version=key.version)
-            self._refuse(key, f"snapshot {key.version} cannot be loaded: {error!r}")
-            return False
         self.predictor, self._loaded = predictor, key
         return True
 
-    def _refuse(self, key: _Key, why: str) -> None:
+    def _refuse(self, key: SnapshotKey, why: str) -> None:
         """Remembers not to try again what is broken for good; what retention has just removed is not."""
-        if key in self._keys():
+        if key in snapshot_keys(self._store):
             self._refused[key] = why

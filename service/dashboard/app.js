@@ -86,18 +86,7 @@ function show() {
   else if (model.pinned !== null) say("warn", "pinned");
   else if (quiet) say("warn", "quiet");
   else say("good", "live");
-  notice(
-    state.trouble
-      ? `Not all is well: ${state.trouble}.`
-      : state.not_ready
-        ? `Not ready: ${state.not_ready}`
-        : model.pinned !== null
-        ? `Every service of this store stays with version ${model.pinned}, whatever the trainer writes.`
-        : quiet
-          ? `No new snapshot for ${Charts.duration(model.age_s)}: the stream is quiet, or the trainer has stopped. ` +
-            "Predictions go on with the last model."
-          : "",
-  );
+  notice(remark(model, quiet));
 
   byId("samples").textContent = count(model.samples);
   byId("step").textContent = `${count(model.step)} steps`;
@@ -113,6 +102,18 @@ function show() {
   remember();
   draw();
   Versions.refresh(model);
+}
+
+/** What should be known about the model that answers, if anything. */
+function remark(model, quiet) {
+  if (state.trouble) return `Not all is well: ${state.trouble}.`;
+  if (state.not_ready) return `Not ready: ${state.not_ready}`;
+  if (model.pinned !== null) {
+    return `Every service of this store stays with version ${model.pinned}, whatever the trainer writes.`;
+  }
+  if (!quiet) return "";
+  const since = Charts.duration(model.age_s);
+  return `No new snapshot for ${since}: the stream is quiet, or the trainer has stopped. Predictions go on with the last model.`;
 }
 
 function showErrors() {
