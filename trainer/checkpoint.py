@@ -149,14 +149,10 @@ class Checkpoint:
         """Waits for a save that is under way: until then the store must not be let go of."""
         self._writer.shutdown()
 
-    def lag(self) -> dict[int, int]:
-        """Records not yet learned from, by partition, as far as the source knows."""
-        return self._parts.source.lag(self.progress)
-
     def _read(self) -> None:
         self._next_reading_s = time.monotonic() + self._settings.trainer.metrics_interval_s
-        learner = self._parts.learner
-        self._parts.metrics.read(learner.read(), learner.steps, self.lag(), self._parts.source.lost_records)
+        learner, source = self._parts.learner, self._parts.source
+        self._parts.metrics.read(learner.read(), learner.steps, source.lag(self.progress), source.lost_records)
 
     def _start(self) -> None:
         began = time.monotonic()
@@ -181,11 +177,9 @@ class Checkpoint:
         try:
             manifest, processor_s = save.future.result()
         except PublishError as error:
-            self._parts.metrics.save_failed()
             self._failed(str(error))
             return
         except OSError as error:
-            self._parts.metrics.save_failed()
             self._failed(f"the snapshot could not be written to {self._parts.store.path}: {error}")
             return
         cost_s = save.copied_s + processor_s
@@ -200,7 +194,8 @@ class Checkpoint:
             log.info("snapshots are written again", version=manifest.version)
 
     def _failed(self, reason: str) -> None:
-        """Training goes on; the next save tries again. Said once, and again when it works."""
+        """Training goes on; the next save tries again. Counted; said once, and again when it works."""
+        self._parts.metrics.save_failed()
         self._next_s = time.monotonic() + RETRY_S
         if not self._failing:
             log.error("no snapshot: training goes on, and would be repeated from the last one", reason=reason)
@@ -209,7 +204,7 @@ class Checkpoint:
     def _manifest(self) -> Manifest:
         settings, learner, identity = self._settings, self._parts.learner, self._parts.source.identity
         readings = learner.read()
-        lag = self.lag()
+        lag = self._parts.source.lag(self.progress)
         return Manifest(
             version=0,
             created_s=0.0,

@@ -42,7 +42,6 @@ REFUSED: Final = (
     kafka.errors.IllegalSaslStateError,
     kafka.errors.AuthorizationError,
 )
-
 TOO_LARGE: Final = (kafka.errors.MessageSizeTooLargeError, kafka.errors.RecordListTooLargeError)
 
 
@@ -211,10 +210,10 @@ class Consumer:
         self._assigned = {partition: TopicPartition(self._settings.topic, partition) for partition in offsets}
         self._consumer.assign(list(self._assigned.values()))
         fresh = [self._assigned[partition] for partition, offset in offsets.items() if offset is None]
-        begin = {**offsets, **self._start(fresh, start)} if fresh else offsets
-        for partition, offset in begin.items():
-            self._consumer.seek(self._assigned[partition], offset)
-        return {partition: int(offset or 0) for partition, offset in begin.items()}
+        begin = {partition: offset for partition, offset in offsets.items() if offset is not None}
+        begin |= self._start(fresh, start) if fresh else {}
+        self.seek(begin)
+        return begin
 
     def add(self, partitions: Iterable[int]) -> dict[int, int]:
         """Takes further partitions, at their beginning; the others stay where they are.
@@ -229,8 +228,7 @@ class Consumer:
         begin = self._start(list(added.values()), "earliest")
         self._assigned |= added
         self._consumer.assign(list(self._assigned.values()))
-        for partition, offset in begin.items():
-            self._consumer.seek(added[partition], offset)
+        self.seek(begin)
         return begin
 
     def partitions(self) -> set[int]:

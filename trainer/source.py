@@ -58,7 +58,7 @@ class _Place(NamedTuple):
 
     begun: int
     delivered: int  # one past the last record that `poll` returned
-    position: int  # where the client reads on: past transaction markers too, which are no records
+    position: int  # where the client read on after the last silence: past transaction markers, which are no records
 
 
 class KafkaSource:
@@ -176,7 +176,8 @@ class KafkaSource:
         if added:
             self._take_up(consumer, added)
         if records:
-            self._note(consumer, {record.partition: record.offset + 1 for record in records})
+            delivered = {record.partition: record.offset + 1 for record in records}
+            self._places |= {p: self._places[p]._replace(delivered=after) for p, after in delivered.items()}
             self._ends = consumer.ends()
             self._heard()
         elif time.monotonic() - self._silent_since_s > self._pause_s:
@@ -190,22 +191,14 @@ class KafkaSource:
         except BrokerUnavailable:
             return  # no leader yet: the next poll tries again
         self.identity = self.identity._replace(partitions=tuple(sorted({*self.identity.partitions, *partitions})))
-        self._places = self._places | {p: _Place(offset, offset, offset) for p, offset in begun.items()}
+        self._places |= {p: _Place(offset, offset, offset) for p, offset in begun.items()}
         log.info("reading partitions that were added", topic=self._settings.topic, offsets=_by_name(begun))
-
-    def _note(self, consumer: Consumer, delivered: Mapping[int, int]) -> None:
-        """Notes how far each partition has been read; `delivered` is one past the newest record of some."""
-        positions = consumer.positions()
-        self._places = {  # in one assignment, as `lag` reads it on another thread
-            p: place._replace(delivered=delivered.get(p, place.delivered), position=positions.get(p, place.position))
-            for p, place in self._places.items()
-        }
 
     def _ask(self, consumer: Consumer) -> None:
         """Whether nothing comes because there is nothing, or because nobody is there."""
         ends = consumer.look_for_ends()
         if ends is not None and not self._trouble:
-            self._note(consumer, {})
+            self._places |= {p: self._places[p]._replace(position=at) for p, at in consumer.positions().items()}
             self._ends = ends
             self._heard()
             return
@@ -272,8 +265,7 @@ class KafkaSource:
 
     def lag(self, progress: Progress) -> dict[int, int]:
         """Records of each partition between `progress` and the end that was last heard of."""
-        places = self._places
-        return {p: max(0, end - _reached(places[p], progress.get(p))) for p, end in self._ends.items() if p in places}
+        return {p: max(0, end - _reached(self._places[p], progress.get(p))) for p, end in self._ends.items()}
 
     def commit(self, progress: Progress) -> None:
         """Has the offsets committed for the group, for lag tools; resuming does not use them."""
@@ -293,7 +285,7 @@ class KafkaSource:
 def _reached(place: _Place, part: PartitionProgress | None) -> int:
     """The offset up to which nothing is left to learn from."""
     done = place.begun if part is None else part.next_offset
-    return place.position if done >= place.delivered else done
+    return max(done, place.position) if done >= place.delivered else done
 
 
 def _by_name(offsets: Mapping[int, int]) -> dict[str, int]:
