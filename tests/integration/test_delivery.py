@@ -127,22 +127,21 @@ def test_letters_that_the_topic_does_not_take_are_kept_without_their_value(
     send(settings, rows(100))
     large = random.Random(1).randbytes(1_048_576 - 300)  # a broker takes it, but not with more headers
     producer = Producer(settings.kafka)
-    producer.send(settings.kafka.topic, b"not a record")
-    producer.flush()
-    producer.send(settings.kafka.topic, large)
-    producer.flush()
+    for value in (b"not a record", large, b"nor is this"):
+        producer.send(settings.kafka.topic, value)
+        producer.flush()
     producer.close()
 
     trainer = Trainer(config)
-    (part,) = wait_until_consumed(settings, 102, trainer).manifest.partitions.values()
+    (part,) = wait_until_consumed(settings, 103, trainer).manifest.partitions.values()
     assert trainer.stop() == 0
-    assert (part.trained, part.rejected) == (100, 2)
-    small, cut = sorted(read_all(settings, settings.kafka.dead_letters, 2), key=source_offset)
-    assert small.value == b"not a record"
+    assert (part.trained, part.rejected) == (100, 3)
+    before, cut, after = sorted(read_all(settings, settings.kafka.dead_letters, 3), key=source_offset)
+    assert (before.value, after.value) == (b"not a record", b"nor is this")
     assert cut.value == b""
     assert dict(cut.headers)[OMITTED] == str(len(large)).encode()
     assert (
-        "replayed 1 dead letters" in CliRunner().invoke(app, ["dead-letters", "replay", "--config", str(config)]).output
+        "replayed 2 dead letters" in CliRunner().invoke(app, ["dead-letters", "replay", "--config", str(config)]).output
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import kafka
 import kafka.admin
+import pytest
 
 from tests.rig import Trainer, each_once, rows, send, wait_until, wait_until_consumed
 from trainer.batching import PartitionProgress, Record
@@ -40,14 +41,26 @@ def add_partitions(settings: Settings, total: int) -> None:
         client.create_partitions({settings.kafka.topic: total})
 
 
+@pytest.fixture
+def start_at_latest(real_kafka: str, write_config: Callable[..., Path]) -> Callable[[int], tuple[Path, Trainer]]:
+    """Makes a topic of so many partitions, and a trainer that reads what comes from now on."""
+
+    def start(partitions: int) -> tuple[Path, Trainer]:
+        config = write_config(real_kafka, more='batch.max_wait_s = 0.05\nkafka.start = "latest"')
+        settings = load(config)
+        create_topic(settings.kafka, settings.kafka.topic, partitions)
+        trainer = Trainer(config)
+        trainer.says("reading")
+        return config, trainer
+
+    return start
+
+
 def test_partitions_added_while_the_trainer_runs_are_learned_from_once_each(
-    real_kafka: str, write_config: Callable[..., Path]
+    start_at_latest: Callable[[int], tuple[Path, Trainer]],
 ) -> None:
-    config = write_config(real_kafka, more='batch.max_wait_s = 0.05\nkafka.start = "latest"')
+    config, trainer = start_at_latest(1)
     settings = load(config)
-    create_topic(settings.kafka, settings.kafka.topic, 1)
-    trainer = Trainer(config)
-    trainer.says("reading")
     send(settings, rows(100))
     wait_until_consumed(settings, 100, trainer)
     add_partitions(settings, 3)
@@ -60,13 +73,10 @@ def test_partitions_added_while_the_trainer_runs_are_learned_from_once_each(
 
 
 def test_what_comes_to_an_empty_partition_while_the_trainer_is_away_is_not_passed_over(
-    real_kafka: str, write_config: Callable[..., Path]
+    start_at_latest: Callable[[int], tuple[Path, Trainer]],
 ) -> None:
-    config = write_config(real_kafka, more='batch.max_wait_s = 0.05\nkafka.start = "latest"')
+    config, trainer = start_at_latest(2)
     settings = load(config)
-    create_topic(settings.kafka, settings.kafka.topic, 2)
-    trainer = Trainer(config)
-    trainer.says("reading")
     with closing(kafka.KafkaProducer(bootstrap_servers=settings.kafka.bootstrap_servers)) as producer:
         for value in rows(50):
             producer.send(settings.kafka.topic, value, partition=0)
