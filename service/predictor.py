@@ -138,10 +138,14 @@ def load_predictor(store: SnapshotStore, version: int, settings: Settings) -> Pr
     Raises:
         SnapshotCorrupt: it is absent or damaged.
         SnapshotMismatch: it is of another model than the configuration describes.
-        SnapshotError: it cannot be loaded for a reason that nobody thought of, which the log has whole.
+        SnapshotError: it has learned from nothing, or cannot be loaded for a reason that nobody thought of, which the
+            log has whole.
     """
     try:
-        check_fits(store.manifest(version), settings)
+        manifest = store.manifest(version)
+        check_fits(manifest, settings)
+        if not manifest.samples:
+            raise SnapshotError(f"snapshot {version} has not learned from any sample yet")
         predictor = Predictor.from_snapshot(store.load(version, training=False), settings)
         predictor.predict([], balance=0.5, interval=0.9)
     except TailstreamError:

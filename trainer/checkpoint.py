@@ -104,14 +104,16 @@ class Checkpoint:
     def begin(self, offsets: Mapping[int, int]) -> None:
         """Notes where partitions without progress begin, so that a later start misses nothing of them.
 
+        A first start at the end of a topic, or at a time, is saved at once, before anything is learned.
+
         Args:
             offsets: what the source's `open` returned.
         """
         fresh = {p: PartitionProgress(next_offset=offset) for p, offset in offsets.items()}
         first_start = not self.progress
         self.progress = fresh | self.progress
-        if first_start:
-            self.durable = self.progress  # nothing has been learned that would need saving
+        if first_start and self._settings.kafka.start == "earliest":
+            self.durable = self.progress  # a next start would begin there by itself, so there is nothing to save
 
     def advance(self, batch: Batch) -> None:
         """Notes that the learner's state now covers a batch."""
@@ -124,8 +126,11 @@ class Checkpoint:
             self._finish(self._save)
         if now >= self._next_reading_s:
             self._read()
-        if self._save is None and now >= self._next_s and self.progress != self.durable:
+        if self._save is None and self._is_due(now) and self.progress != self.durable:
             self._start()
+
+    def _is_due(self, now: float) -> bool:
+        return now >= self._next_s or (self._parts.dead_letters.full and not self._failing)
 
     def save(self) -> None:
         """Makes everything learned durable, before the trainer stops.

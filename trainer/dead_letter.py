@@ -15,6 +15,8 @@ from trainer.kafka_client import Producer, Sent
 HEADER_PREFIX: Final = "__connect.errors."
 OMITTED: Final = f"{HEADER_PREFIX}value.omitted.bytes"  # the size of a value that the topic does not take
 FLUSH_S: Final = 5.0  # longest wait for acknowledgements; a clean stop waits with it
+MAX_WAITING_BYTES: Final = 64 << 20  # of letters not acknowledged; beyond it training waits
+LETTER_BYTES: Final = 1 << 10  # what a letter takes besides what it carries: objects, the reason, its headers
 STAGE: Final = "VALUE_CONVERTER"
 
 
@@ -23,7 +25,8 @@ class DeadLetters:
 
     Written at least once: after a crash, or while the broker is away, a record may be there twice, and is told apart by
     its offset header. A value that is too large for the topic is left out, its size in a header. `write` only queues,
-    so training never waits for a broker; `flush` is for the thread that writes snapshots, and one thread alone.
+    so training never waits for a broker, unless so much is queued that `full` says to; `flush` is for the thread that
+    writes snapshots, and one thread alone.
     """
 
     def __init__(self, producer: Producer, source_topic: str, topic: str) -> None:
@@ -31,12 +34,19 @@ class DeadLetters:
         self._source_topic = source_topic
         self._topic = topic
         self._unacknowledged: list[Rejection] = []
+        self._waiting_bytes = 0
         self._lock = threading.Lock()
 
     def write(self, rejections: Sequence[Rejection]) -> None:
         """Queues rejected records for the topic; `flush` sends them."""
         with self._lock:
             self._unacknowledged.extend(rejections)
+            self._waiting_bytes += sum(map(_size, rejections))
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits for the topic that no more records should be rejected before a `flush`."""
+        return self._waiting_bytes > MAX_WAITING_BYTES
 
     def flush(self) -> None:
         """Sends what is queued and waits until all of it is acknowledged.
@@ -59,6 +69,7 @@ class DeadLetters:
             ) from error
         with self._lock:
             del self._unacknowledged[: len(queued)]
+            self._waiting_bytes -= sum(map(_size, queued))
 
     def _wait(self) -> None:
         with suppress(PublishError):  # each letter says for itself what became of it
@@ -89,3 +100,10 @@ class DeadLetters:
             headers.append((OMITTED, str(len(value)).encode()))
             value = b""
         return self._producer.send(self._topic, value, record.key, [*record.headers, *headers])
+
+
+def _size(rejection: Rejection) -> int:
+    """Memory that a waiting letter takes, roughly; bytes."""
+    record = rejection.record
+    carried = (record.key, record.value, *(value for _, value in record.headers))
+    return LETTER_BYTES + sum(len(part) for part in carried if part is not None)

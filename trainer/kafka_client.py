@@ -414,9 +414,12 @@ class Producer:
         settings: where to.
         timeout_s: how long to look for a broker.
         idempotent: whether a retry sends no record twice; such a client sends nothing more after a record was refused.
+        block_s: how long a record may wait for its topic to be there, or for room.
     """
 
-    def __init__(self, settings: KafkaSettings, timeout_s: float = 5.0, *, idempotent: bool = True) -> None:
+    def __init__(
+        self, settings: KafkaSettings, timeout_s: float = 5.0, *, idempotent: bool = True, block_s: float = 60.0
+    ) -> None:
         self._producer = _connect(
             kafka.KafkaProducer,
             settings,
@@ -425,6 +428,7 @@ class Producer:
             linger_ms=LINGER_MS,
             max_request_size=MAX_REQUEST_BYTES,
             enable_idempotence=idempotent,
+            max_block_ms=int(block_s * 1000),
             compression_type="lz4",
         )
         self._unacknowledged: list[Any] = []

@@ -2,16 +2,20 @@
 
 import threading
 import time
+from typing import Final
 
 from trainer.batching import Batcher
 from trainer.checkpoint import Checkpoint, Parts
 from trainer.prefetch import prefetched
 
+LETTERS_POLL_S: Final = 0.05
+
 
 def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: float, stop: threading.Event) -> None:
     """Learns from the source until told to stop, or until the source has no more.
 
-    Rejected records go to the dead letters, and their offsets count as consumed. What has been learned is saved when
+    Rejected records go to the dead letters, and their offsets count as consumed; training waits while too many of them
+    wait for the broker. What has been learned is saved when
     the checkpoint finds it due, and once more at the end.
     """
     try:
@@ -25,6 +29,8 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
                     checkpoint.advance(batch)
                     parts.metrics.trained(batch, time.perf_counter() - began)
                 checkpoint.tick()
+                while parts.dead_letters.full and not stop.wait(LETTERS_POLL_S):
+                    checkpoint.tick()  # its saves send them
                 if stop.is_set():
                     break
             checkpoint.save()

@@ -16,7 +16,7 @@ import torch
 from trainer.batching import Batcher
 from trainer.checkpoint import Checkpoint, Parts
 from trainer.config import Settings
-from trainer.dead_letter import DeadLetters
+from trainer.dead_letter import FLUSH_S, DeadLetters
 from trainer.errors import ConfigError
 from trainer.kafka_client import Producer, create_topic
 from trainer.learner import Learner
@@ -87,7 +87,7 @@ def _dead_letter_producer(settings: Settings) -> Producer:
     """A producer, its topic made where it is missing."""
     if create_topic(settings.kafka, settings.kafka.dead_letters):
         log.info("made the dead-letter topic", topic=settings.kafka.dead_letters)
-    return Producer(settings.kafka, idempotent=False)
+    return Producer(settings.kafka, idempotent=False, block_s=FLUSH_S)
 
 
 @contextmanager

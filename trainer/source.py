@@ -79,7 +79,8 @@ class KafkaSource:
         self._consumer: Consumer | None = None
         self._ends: dict[int, int] = {}
         self._places: dict[int, _Place] = {}
-        self._to_commit: Progress | None = None
+        self._durable: Progress = {}
+        self._committed: dict[int, int] = {}
         self._silent_since_s = 0.0
         self._pause_s = SILENCE_S
         self._trouble = ""
@@ -161,9 +162,10 @@ class KafkaSource:
         consumer = self._consumer
         if consumer is None:
             return []
-        if self._to_commit is not None:
-            offsets, self._to_commit = self._to_commit, None
-            consumer.commit({partition: part.next_offset for partition, part in offsets.items()})
+        offsets = self._to_commit()
+        if offsets != self._committed:
+            consumer.commit(offsets)
+            self._committed = offsets
         try:
             records = consumer.poll(max_records, timeout_s)
         except OffsetsLost as error:
@@ -269,15 +271,20 @@ class KafkaSource:
 
     def commit(self, progress: Progress) -> None:
         """Has the offsets committed for the group, for lag tools; resuming does not use them."""
-        self._to_commit = progress
+        self._durable = progress
+
+    def _to_commit(self) -> dict[int, int]:
+        """Offsets up to which nothing is left to learn from, transaction markers included."""
+        return {partition: _reached(self._places[partition], part) for partition, part in self._durable.items()}
 
     def close(self) -> None:
         """Leaves the broker, the last commit made if it is there."""
         if self._consumer is None:
             return
-        if self._to_commit is not None and self.broker_up:
+        offsets = self._to_commit()
+        if offsets != self._committed and self.broker_up:
             with suppress(BrokerUnavailable):
-                self._consumer.commit_and_wait({p: part.next_offset for p, part in self._to_commit.items()})
+                self._consumer.commit_and_wait(offsets)
         self._consumer.close()
         self._consumer = None
 

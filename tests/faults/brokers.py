@@ -11,7 +11,18 @@ import kafka
 import kafka.admin
 
 from tests.faults.case import Ground, case
-from tests.rig import Kafka, Trainer, consumed, each_once, newest, rows, send, wait_until, wait_until_consumed
+from tests.rig import (
+    Kafka,
+    Trainer,
+    consumed,
+    each_once,
+    newest,
+    read_all,
+    rows,
+    send,
+    wait_until,
+    wait_until_consumed,
+)
 from trainer.config import Settings
 from trainer.kafka_client import Consumer
 
@@ -59,25 +70,25 @@ def broker_stopped(ground: Ground) -> str:
     send(settings, rows(200))
     trainer = Trainer(config)
     wait_until_consumed(settings, 200, trainer)
-    up = [broker_up(trainer)]
+    up = [metric(trainer, "broker_up")]
     ground.kafka.stop()
     trainer.says(AWAY)
     time.sleep(AWAY_S)
-    up.append(broker_up(trainer))
+    up.append(metric(trainer, "broker_up"))
     ground.kafka.start()
     send(settings, rows(200, seed=1))
     wait_until_consumed(settings, 400, trainer)
     trainer.says(BACK)
-    up.append(broker_up(trainer))
-    return f"{outcome(settings, trainer)}; {said(trainer)}; broker_up {' '.join(up)}"
+    up.append(metric(trainer, "broker_up"))
+    return f"{outcome(settings, trainer)}; {said(trainer)}; broker_up {' '.join(f'{value:g}' for value in up)}"
 
 
-def broker_up(trainer: Trainer) -> str:
+def metric(trainer: Trainer, name: str) -> float:
     """What the trainer's own metrics say."""
-    (port,) = re.findall(r'"metrics_port": (\d+)', trainer.log.read_text())
+    port = re.findall(r'"metrics_port": (\d+)', trainer.log.read_text())[-1]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        (value,) = re.findall(r"^tailstream_broker_up (\d)", answer.read().decode(), flags=re.M)
-    return str(value)
+        (value,) = re.findall(rf"^tailstream_{name} (\S+)", answer.read().decode(), flags=re.M)
+    return float(value)
 
 
 @case("stop while the broker is away", "exit 0; 200 records durable")
@@ -161,6 +172,37 @@ def topic_made_again(ground: Ground) -> str:
     assert snapshot is not None
     why = "deleted and made again" if "made again while it was read" in log else log[-500:]
     return f"exit {code}: {why}; {consumed(snapshot.manifest)} records, none of the new"
+
+
+@case("dead-letter topic deleted", "200 records trained, none durable; with it back: 203 records durable, 3 letters")
+def dead_letters_gone(ground: Ground) -> str:
+    config, settings = ground.settings()
+    send(settings, rows(100))
+    trainer = Trainer(config)
+    wait_until_consumed(settings, 100, trainer)
+    with admin(settings) as client:
+        client.delete_topics([settings.kafka.dead_letters])
+        with closing(kafka.KafkaProducer(bootstrap_servers=settings.kafka.bootstrap_servers)) as producer:
+            for number in range(3):
+                producer.send(settings.kafka.topic, b"not a record %d" % number)
+            producer.flush()
+        send(settings, rows(100))
+        trainer.says("no snapshot: training goes on")
+        wait_until(lambda: metric(trainer, "train_samples_total") == 200, "it trains all the same")
+        snapshot = newest(settings)
+        assert snapshot is not None
+        durable = consumed(snapshot.manifest) - 100
+        client.create_topics([kafka.admin.NewTopic(settings.kafka.dead_letters, 1, 1)])
+    wait_until_consumed(settings, 203, trainer)
+    code = trainer.stop()
+    letters = {letter.value for letter in read_all(settings, settings.kafka.dead_letters, 3)}
+    snapshot = newest(settings)
+    assert code == 0
+    assert snapshot is not None
+    return (
+        f"{snapshot.manifest.samples} records trained, {durable or 'none'} durable; "
+        f"with it back: {consumed(snapshot.manifest)} records durable, {len(letters)} letters"
+    )
 
 
 @case("partitions added", "while it runs and while it does not; 500 records of 5 partitions, each once")

@@ -40,7 +40,12 @@ class Outcome(NamedTuple):
     @property
     def fine(self) -> bool:
         same = self.weights_sha256 == self.reference_sha256
-        return same and not (self.missing or self.duplicated or self.torn) and (self.rss_ratio or 0) <= 1.1
+        return same and not (self.missing or self.duplicated or self.torn) and self.is_flat
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether memory stayed as it was, where it was measured."""
+        return self.rss_ratio is None or self.rss_ratio <= 1.1
 
 
 def run(ground: Ground, server: str, kills: int, records: int, partitions: int, rss_records: int = 0) -> Outcome:

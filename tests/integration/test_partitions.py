@@ -9,10 +9,10 @@ import kafka
 import kafka.admin
 import pytest
 
-from tests.rig import Trainer, each_once, rows, send, wait_until, wait_until_consumed
+from tests.rig import Trainer, each_once, newest, rows, send, wait_until, wait_until_consumed
 from trainer.batching import PartitionProgress, Record
 from trainer.config import Settings, load
-from trainer.kafka_client import create_topic
+from trainer.kafka_client import Consumer, create_topic
 from trainer.source import KafkaSource
 
 
@@ -93,6 +93,21 @@ def test_what_comes_to_an_empty_partition_while_the_trainer_is_away_is_not_passe
     assert all(part.trained == 50 and each_once(part) for part in parts.values())
 
 
+def test_what_comes_after_a_first_start_at_the_latest_is_not_passed_over(
+    start_at_latest: Callable[[int], tuple[Path, Trainer]],
+) -> None:
+    config, trainer = start_at_latest(1)
+    settings = load(config)
+    wait_until(lambda: newest(settings) is not None, "where it begins is saved")
+    trainer.kill()
+    send(settings, rows(50))
+    trainer = Trainer(config)
+    (part,) = wait_until_consumed(settings, 50, trainer).manifest.partitions.values()
+    assert trainer.stop() == 0
+    assert part.trained == 50
+    assert each_once(part)
+
+
 def test_lag_counts_from_where_reading_began(real_kafka: str, settings_for: Callable[..., Settings]) -> None:
     settings = settings_for(real_kafka, more='kafka.start = "latest"')
     send(settings, rows(30), partitions=1)
@@ -105,7 +120,7 @@ def test_lag_counts_from_where_reading_began(real_kafka: str, settings_for: Call
         assert source.lag({0: PartitionProgress(next_offset=50)}) == {0: 0}
 
 
-def test_the_marker_at_the_end_of_a_transaction_is_no_lag(
+def test_the_marker_at_the_end_of_a_transaction_is_no_lag_here_nor_for_the_group(
     real_kafka: str, settings_for: Callable[..., Settings]
 ) -> None:
     settings = settings_for(real_kafka)
@@ -130,3 +145,8 @@ def test_the_marker_at_the_end_of_a_transaction_is_no_lag(
 
         wait_until(caught_up, "the marker is passed")
         assert source.lag({0: PartitionProgress(next_offset=9)})[0] > 0  # a record is still to be learned from
+        source.commit({0: PartitionProgress(next_offset=9)})
+        source.poll(1000, 0.1)
+        source.commit(learned)
+    with closing(Consumer(settings.kafka)) as consumer:
+        assert consumer.committed([0]) == {0: 11}

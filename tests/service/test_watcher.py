@@ -54,6 +54,15 @@ def test_each_newer_snapshot_is_taken(empty: Settings) -> None:
     assert version(watcher) == 3
 
 
+def test_a_model_that_has_learned_nothing_does_not_answer(empty: Settings) -> None:
+    write_snapshot(empty, samples=0)
+    watcher = watch(empty)
+    assert watcher.predictor is None
+    assert watcher.trouble == "snapshot 1 has not learned from any sample yet"
+    write_snapshot(empty)
+    assert version(watcher) == 2
+
+
 @pytest.mark.parametrize("name", [MODEL_FILE, MANIFEST_FILE])
 def test_a_corrupt_snapshot_keeps_the_old_model(empty: Settings, name: str) -> None:
     write_snapshot(empty)

@@ -36,11 +36,14 @@ class Letters:
         self.answers = threading.Event()
         self.answers.set()
         self.kept: list[Rejection] = []
+        self.full = False
+        self.waited_for = False
 
     def write(self, rejections: Sequence[Rejection]) -> None:
         self.kept += rejections
 
     def flush(self) -> None:
+        self.waited_for = True
         self.answers.wait(PATIENCE_S)
         if self.away:
             raise PublishError("the topic is away")
@@ -219,6 +222,41 @@ def test_training_does_not_wait_for_dead_letters_to_be_acknowledged_but_the_snap
     trainer.save()
     assert trainer.source.committed[-1][0] == batches[-1].progress[0].next_offset
     trainer.checkpoint.close()
+
+
+def test_training_waits_while_too_many_dead_letters_wait_and_a_save_sends_them(tmp_path: Path, file: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path / "store", interval_s=3600.0), file)
+    trainer.letters.full = True
+    trainer.letters.answers.clear()
+    thread = threading.Thread(target=trainer.run)
+    thread.start()
+    try:
+        until = time.monotonic() + PATIENCE_S
+        while not trainer.letters.waited_for:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        samples = trainer.learner.samples
+        time.sleep(0.1)
+        assert trainer.learner.samples == samples < ROWS
+    finally:
+        trainer.letters.full = False
+        trainer.letters.answers.set()
+        thread.join()
+    assert trainer.learner.samples == ROWS
+
+
+def test_where_a_first_start_begins_is_saved_unless_a_next_would_begin_there_too(tmp_path: Path, file: Path) -> None:
+    for start, versions in (("earliest", []), ("latest", [1]), ("2026-01-02", [1])):
+        given_settings = make_settings(tmp_path / start, kafka={"start": start})
+        trainer = Trainer(given_settings, file)
+        trainer.store.path.mkdir()
+        trainer.checkpoint.begin({0: 7})
+        trainer.save()
+        trainer.checkpoint.close()
+        assert trainer.store.versions() == versions
+        later = Trainer(given_settings, file)
+        later.checkpoint.restore()
+        assert later.checkpoint.progress == (trainer.checkpoint.progress if versions else {})
 
 
 def test_a_store_that_cannot_be_written_to_is_said_once_and_counted_while_training_goes_on(
