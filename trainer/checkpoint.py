@@ -209,6 +209,7 @@ class Checkpoint:
     def _manifest(self) -> Manifest:
         settings, learner, identity = self._settings, self._parts.learner, self._parts.source.identity
         readings = learner.read()
+        noise = readings.noise
         lag = self._parts.source.lag(self.progress)
         return Manifest(
             version=0,
@@ -227,8 +228,8 @@ class Checkpoint:
             learner=settings.learner.model_dump(mode="json"),
             healthy=readings.healthy,
             train_loss=readings.train_loss,
-            noise_sigma=readings.noise_sigma,
-            noise_sigma_label_units=readings.noise_sigma_label_units,
+            noise_sigma=None if noise is None else noise.sigma,
+            noise_sigma_label_units=None if noise is None else noise.label_units,
             samples_per_second=self._parts.metrics.samples_per_second,
             nonfinite_steps=readings.nonfinite_steps,
             metrics=readings.metrics,

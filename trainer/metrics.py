@@ -111,8 +111,9 @@ class TrainerMetrics:
         self._count(self._steps, steps)
         if readings.train_loss is not None:
             self._loss.set(readings.train_loss)
-        self._sigma.set(readings.noise_sigma)
-        self._sigma_units.set(readings.noise_sigma_label_units)
+        if readings.noise is not None:
+            self._sigma.set(readings.noise.sigma)
+            self._sigma_units.set(readings.noise.label_units)
         self._count(self._nonfinite, readings.nonfinite_steps)
         self._count(self._lost, lost_records)
         for partition, records in lag.items():

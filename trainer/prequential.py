@@ -25,6 +25,7 @@ SHOTS: Final = {
     "medium": "mae_medium",
     "few": "mae_few",
 }  # names of an answer's errors
+BALANCES: Final = (0.0, 1.0)  # label priors that metrics are kept for
 WINDOWS: Final = ("whole", "fading")
 ERRORS: Final = 3  # where the rows of errors begin in `PrequentialMetrics.sums`
 MEDIAN: Final = "median"  # the error of always answering the running median: what a model must beat

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import trainer.learner
+import trainer.regression
 from tests.trainer.stream import CPU, make_batches, make_learner, make_settings
 from trainer.batching import Batch
 from trainer.config import Settings
@@ -170,7 +170,7 @@ def test_a_healthy_learner_goes_on_after_the_largest_features_and_labels_there_a
         learner.step(batch)
     weights = parameters(learner)
     assert all(value.isfinite().all() for value in weights.values())
-    assert np.isfinite(learner.read().noise_sigma)
+    assert np.isfinite(learner.read().noise.sigma)
 
 
 def test_a_batch_without_rows_changes_nothing() -> None:
@@ -196,14 +196,14 @@ def test_batches_of_one_row_teach_and_are_scored() -> None:
 def spied(monkeypatch: pytest.MonkeyPatch, variant: str) -> list[tuple[Tensor, Tensor]]:
     """The labels of each step, and the memory beside them, as the balanced loss is given them from now on."""
     calls: list[tuple[Tensor, Tensor]] = []
-    real = getattr(trainer.learner, BALANCED[variant])
+    real = getattr(trainer.regression, BALANCED[variant])
 
     def spy(prediction: Any, target: Tensor, *sigma: Tensor, memory: Tensor) -> Tensor:
         calls.append((target.clone(), memory.clone()))
         loss: Tensor = real(prediction, target, *sigma, memory=memory)
         return loss
 
-    monkeypatch.setattr(trainer.learner, BALANCED[variant], spy)
+    monkeypatch.setattr(trainer.regression, BALANCED[variant], spy)
     return calls
 
 
@@ -256,7 +256,7 @@ def test_metrics_count_rows_that_were_predicted_before_they_were_learned() -> No
     readings = trained(given_settings, batches).read()
     assert readings.metrics["whole"]["rows"] == ROWS - 32  # nothing can be predicted before the first batch
     assert 0 < readings.metrics["whole"]["coverage"] <= 1
-    assert readings.noise_sigma_label_units > readings.noise_sigma > 0
+    assert readings.noise.label_units > readings.noise.sigma > 0
     labels = np.concatenate([batch.label for batch in batches])[-100:]
     times = np.concatenate([batch.time_s for batch in batches])[-100:]
     assert [(time, label) for time, label, _ in readings.newest] == list(zip(times, labels, strict=True))
@@ -279,11 +279,12 @@ def test_a_fresh_learner_is_healthy_until_it_is_clearly_worse_than_the_running_m
     learner = trained(given_settings, batches)
     assert learner.read().healthy
     for answer in ("0", "1"):
-        metrics = learner.read().metrics
-        metrics["fading"][answer]["mae"] = metrics["fading"]["median"]["mae"] * 1.2
-        assert learner.read()._replace(metrics=metrics).healthy == (answer == "1")
-        metrics["fading"][answer]["mae"] = float("nan")
-        assert learner.read()._replace(metrics=metrics).healthy == (answer == "1")
+        readings = learner.read()
+        errors = readings.metrics["fading"]
+        errors[answer]["mae"] = errors["median"]["mae"] * 1.2
+        assert learner.task.is_healthy(errors, readings.noise) == (answer == "1")
+        errors[answer]["mae"] = float("nan")
+        assert learner.task.is_healthy(errors, readings.noise) == (answer == "1")
 
 
 @pytest.mark.parametrize("labels", ["noise", "constant"])

@@ -10,11 +10,11 @@ from trainer.batching import Batch, PartitionProgress, Record, Rejection
 from trainer.errors import ConfigError, RecordError
 from trainer.learner import Readings
 from trainer.metrics import TrainerMetrics
+from trainer.task import Noise
 
 READINGS = Readings(
     train_loss=0.5,
-    noise_sigma=0.3,
-    noise_sigma_label_units=6.0,
+    noise=Noise(0.3, 6.0),
     nonfinite_steps=2,
     metrics={
         "fading": {
@@ -25,6 +25,7 @@ READINGS = Readings(
             "median": {"mae": 3.0},
         }
     },
+    healthy=True,
     newest=[],
 )
 

@@ -1,0 +1,233 @@
+"""Regression: the label density beside the model, the balanced losses, answers under any label prior, their errors."""
+
+import copy
+from typing import Any, Final, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.batching import Batch
+from trainer.config import Settings
+from trainer.heads import MixtureHead
+from trainer.label_density import LabelDensity, LabelGrid
+from trainer.losses import (
+    LabelHistogram,
+    LabelMixture,
+    Mixture,
+    bmc_loss,
+    bni_loss,
+    density_bmc_loss,
+    density_nll_loss,
+    gai_loss,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+)
+from trainer.model import build_model, inference_state, learned_prior, unprefixed
+from trainer.predictive import Components, log_score, predict
+from trainer.prequential import BALANCES, MEDIAN, PrequentialMetrics
+from trainer.schema import FeatureSchema
+from trainer.task import Noise, Tested
+
+INTERVAL: Final = 0.9
+GRID_EVERY: Final = 4  # batches between refreshes of the label density that answers are made with, once it is settled
+GRID_SETTLED: Final = 24  # batches
+SCORE_FLOOR: Final = -20.0  # natural logs per label standard deviation; one surprise must not decide for long
+HEALTHY_RATIO: Final = 1.05  # largest error beside that of the running median
+HEALTHY_SDS: Final = 1e-3  # of the noise, added to that: where all labels are equal the median is never wrong
+PLAIN_LOSSES: Final = {"mse": mse_loss, "l1": l1_loss, "huber": huber_loss}
+
+
+class StepResult(NamedTuple):
+    """What was predicted for B rows before they were learned from."""
+
+    components: Components  # the head's density, of the weights that answer
+    grid: LabelGrid
+    log_score: Tensor  # (B,) at balance 0, natural logs per label unit
+    covered: Tensor  # (B,) bool, whether the label lay in its interval at balance 0
+
+
+class Regression:
+    """Labels are numbers; the network gives a density, and the label density beside it makes it an answer.
+
+    Attributes:
+        model: the current weights, with the running scalers.
+        averaged: the same network with averaged weights; the scalers are the model's own.
+        density: of the labels, on the host, where they arrive.
+        labels: what the loss must know of the label density beside the step's labels.
+        prequential: errors of each answer.
+    """
+
+    def __init__(self, settings: Settings, schema: FeatureSchema, device: torch.device) -> None:
+        self._loss = settings.learner.loss
+        self._device = device
+        self._prior = learned_prior(self._loss)
+        self.model = build_model(schema, settings.model, settings.learner).to(device)
+        self.averaged = copy.deepcopy(self.model)
+        self.averaged.features, self.averaged.labels = self.model.features, self.model.labels
+        self.density = LabelDensity()
+        self.labels = _label_model(self._loss).to(device)
+        self.prequential = PrequentialMetrics([f"{b:g}" for b in BALANCES], settings.learner.metrics_fading, device)
+        self._grid, self._median = LabelGrid.empty(), 0.0
+
+    def sigma_parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """A learned sigma beside its average, or nothing."""
+        pair = self.model.head.sigma_parameters(), self.averaged.head.sigma_parameters()
+        return list(zip(*pair, strict=True))
+
+    def test(
+        self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
+    ) -> Tested:
+        """Predicts rows not yet learned from, and takes their errors into the metrics; see `Task.test`."""
+        target = self.model.labels.standardise(label)
+        both: list[Components] = []
+        scores = []
+        for model in (self.model, self.averaged):
+            model.eval()
+            mixture = model(numeric, categorical)
+            model.head.observe(mixture, target)
+            components = model.components(mixture)
+            both.append(components)
+            scores.append(log_score(components, self._grid, label, learned_prior=self._prior))
+        answering = _pick(averaged_is_better, *both)
+        score = torch.where(averaged_is_better, scores[1], scores[0])
+        floor = SCORE_FLOOR - self.model.labels.sd.log()
+        means = torch.stack([s.clamp(min=floor).double().mean() for s in scores])
+        answers = {
+            f"{balance:g}": predict(
+                answering, self._grid, learned_prior=self._prior, balance=balance, interval=INTERVAL
+            )
+            for balance in BALANCES
+        }
+        natural = answers["0"]
+        assert natural.lower is not None
+        assert natural.upper is not None
+        covered = (label >= natural.lower) & (label <= natural.upper)
+        points = {name: answer.point for name, answer in answers.items()}
+        points[MEDIAN] = natural.point.new_full((len(batch),), self._median)
+        self.prequential.observe(batch.label, points, covered, score)
+        return Tested(StepResult(answering, self._grid, score, covered), natural.point, means)
+
+    def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
+        """Takes a batch into the running statistics; predictions in label units stay as they were (Pop-Art)."""
+        ratio, shift = self.model.observe(numeric, label)
+        for model in (self.model, self.averaged):
+            if batches:
+                model.head.rescale(ratio, shift)
+            else:
+                model.head.begin(ratio)
+        if isinstance(self.labels, LabelMixture | LabelHistogram):
+            self.labels.rescale(ratio, shift)
+            self.labels.observe(self.model.labels.standardise(label))
+        self.density.observe(torch.from_numpy(batch.label))
+        if batches < GRID_SETTLED or batches % GRID_EVERY == 0:
+            grid = self.density.grid()
+            self._median = _median(grid)
+            self._grid = grid.to(self._device)
+
+    def loss(self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor) -> tuple[Mixture, Tensor]:
+        """The mixtures of rows (B), and the configured loss; labels are in their own units."""
+        mixture = self.model(numeric, categorical)
+        target, others = self.model.labels.standardise(label), self.model.labels.standardise(memory)
+        return mixture, self._loss_of(mixture, target, others, label)
+
+    def _loss_of(self, mixture: Mixture, target: Tensor, memory: Tensor, label: Tensor) -> Tensor:
+        """The configured loss of rows (B,); `memory` (M,) are further labels, `label` is in its own units."""
+        name, head = self._loss, self.model.head
+        if isinstance(head, MixtureHead):
+            if name == "bmc":
+                return density_bmc_loss(mixture, target, memory=memory)
+            return density_nll_loss(mixture, target, weights=self._grid.log_weight(label).exp().float())
+        match name:
+            case "bmc":
+                return bmc_loss(mixture.location, target, head.sigma(), memory=memory)
+            case "gai":
+                return gai_loss(mixture.location, target, head.sigma(), cast("LabelMixture", self.labels))
+            case "bni":
+                return bni_loss(mixture.location, target, head.sigma(), cast("LabelHistogram", self.labels))
+            case _:
+                return PLAIN_LOSSES[name](mixture.location, target)
+
+    def metrics(self) -> dict[str, Any]:
+        """`PrequentialMetrics.compute`."""
+        return self.prequential.compute()
+
+    def noise(self, averaged: bool) -> Noise:
+        """Sigma of the head, read off the device."""
+        model = self.averaged if averaged else self.model
+        sigma = float(model.head.sigma().detach())
+        return Noise(sigma, sigma * float(self.model.labels.sd))
+
+    def is_healthy(self, errors: dict[str, Any], noise: Noise | None) -> bool:
+        """Whether the error at the stream's own prior is finite and not clearly worse than the running median's."""
+        model, median = errors["0"]["mae"], errors[MEDIAN]["mae"]
+        if model is None or noise is None or not np.isfinite(model):
+            return False
+        # Where nothing can be learned a sound model is a little worse than the median, and that for ever.
+        return bool(model <= HEALTHY_RATIO * median + HEALTHY_SDS * noise.label_units)
+
+    def inference_state(self, averaged: bool) -> dict[str, Tensor]:
+        """What predicting needs: the weights, the scalers, the label density."""
+        return inference_state(self.averaged if averaged else self.model, self.density.grid())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """All state, by part."""
+        return {
+            "model": self.model.state_dict(),
+            "averaged": {name: value for name, value in self.averaged.state_dict().items() if not _is_scaler(name)},
+            "density": self.density.state_dict(),
+            "labels": self.labels.state_dict(),
+            "grid": self._grid.to_tensors(),
+            "prequential": self.prequential.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave.
+
+        Raises:
+            KeyError, RuntimeError: it is of another model.
+        """
+        self.model.load_state_dict(unprefixed("model", state))
+        averaged = self.averaged.load_state_dict(unprefixed("averaged", state), strict=False)
+        if averaged.unexpected_keys or not all(map(_is_scaler, averaged.missing_keys)):
+            raise RuntimeError(f"averaged weights do not fit the model: {averaged}")
+        self.density.load_state_dict(unprefixed("density", state))
+        self.labels.load_state_dict(unprefixed("labels", state))
+        grid = LabelGrid.from_tensors(unprefixed("grid", state))
+        self._grid, self._median = grid.to(self._device), _median(grid)
+        self.prequential.load_state_dict(unprefixed("prequential", state))
+
+
+def _pick(averaged_is_better: Tensor, current: Components, averaged: Components) -> Components:
+    return Components(
+        torch.where(averaged_is_better, averaged.log_weights, current.log_weights),
+        torch.where(averaged_is_better, averaged.means, current.means),
+        torch.where(averaged_is_better, averaged.scales, current.scales),
+        current.label_mean,
+        current.label_sd,
+    )
+
+
+def _median(grid: LabelGrid) -> float:
+    """The median of the label density, label units; 0 before the first label."""
+    if not len(grid):
+        return 0.0
+    cumulative = (grid.log_density.double().exp() * grid.widths).cumsum(0)
+    cell = int(torch.searchsorted(cumulative, cumulative[-1] / 2).clamp(max=len(grid) - 1))
+    return float(grid.centres[cell])
+
+
+def _label_model(loss: str) -> LabelMixture | LabelHistogram | nn.Module:
+    """What a loss must know of the label density beside the step's labels: nothing, but for two of them."""
+    match loss:
+        case "gai":
+            return LabelMixture()
+        case "bni":
+            return LabelHistogram()
+        case _:
+            return nn.Module()
+
+
+def _is_scaler(name: str) -> bool:
+    return name.startswith(("features.", "labels."))

@@ -1,0 +1,97 @@
+"""What differs between the tasks: the one seam behind which the learner keeps regression and classification.
+
+The learner owns the order of things, the optimiser, the replay buffer, the averaged weights and the readings. A task
+owns the networks and all that depends on what a label is: its statistics, the loss, the answer, the metrics.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from trainer.batching import Batch
+
+
+class Network(Protocol):
+    """A model as the learner sees it."""
+
+    body: nn.Module
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """All that is learned."""
+
+    def train(self) -> Any:
+        """Switches to training."""
+
+
+class Tested(NamedTuple):
+    """B rows that were predicted before they were learned from."""
+
+    result: Any  # what evaluations read: a task's own form of all answers
+    point: Tensor  # (B,) the answer at balance 0, in the label's numbers
+    scores: Tensor  # (2,) float64, mean log scores of the current and the averaged weights, cut below
+
+
+class Noise(NamedTuple):
+    """The noise that a model assumes, where it has such a number."""
+
+    sigma: float  # label standard deviations
+    label_units: float
+
+
+class Task(Protocol):
+    """Regression or classification. Nothing here waits for the device, but for what says that it reads."""
+
+    @property
+    def model(self) -> Network:
+        """The network with the current weights."""
+
+    @property
+    def averaged(self) -> Network:
+        """The same network with averaged weights; running statistics are the model's own."""
+
+    def sigma_parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """What is learned at the rate of sigma, beside its average."""
+
+    def test(
+        self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
+    ) -> Tested:
+        """Predicts rows not yet learned from, and takes their errors into the metrics.
+
+        Args:
+            batch: the rows, on the host.
+            numeric: (B, F) on the device.
+            categorical: (B, C) on the device.
+            label: (B,) on the device.
+            averaged_is_better: 0-dim bool, whether the averaged weights answer.
+        """
+
+    def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
+        """Takes rows into the running statistics; `batches` came before."""
+
+    def loss(
+        self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """The network's outputs for rows (B), and their loss, 0-dim; `memory` (M,) are labels of further rows."""
+
+    def metrics(self) -> dict[str, Any]:
+        """All prequential metrics: by window, then by answer; reads them off the device."""
+
+    def noise(self, averaged: bool) -> Noise | None:
+        """The noise assumed by the averaged or the current weights; reads it off the device."""
+
+    def is_healthy(self, errors: dict[str, Any], noise: Noise | None) -> bool:
+        """Whether errors of one window at the stream's own prior are finite and not clearly worse than a constant's."""
+
+    def inference_state(self, averaged: bool) -> dict[str, Tensor]:
+        """What predicting needs, with the averaged or the current weights."""
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """All state, by part."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave, each name behind that of its part.
+
+        Raises:
+            KeyError, RuntimeError: it is of another model.
+        """
