@@ -341,7 +341,7 @@ def load(path: Path, changes: Mapping[str, Any] | None = None) -> Settings:
         ConfigError: the file is absent, is not TOML, or a key is missing, unknown or has an unusable value.
     """
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration file {path}; see the README for one to start from") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

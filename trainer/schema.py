@@ -21,6 +21,8 @@ from trainer.errors import ConfigError, RecordError
 FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 CATEGORY_CACHE: Final = 1 << 16  # categories remembered per feature; past it the cache starts again
 TIMESTAMP_COLUMNS: Final = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "yearday_sin", "yearday_cos")
+MISSING_CELLS: Final = ("na", "n/a", "nan", "null", "none")  # in lower case; a category may be called so
+NOT_TEXT: Final = ("numeric", "boolean", "timestamp", "vector")
 
 Scalar = str | int | float | bool | None
 LEAF_TYPES: Final[dict[str, Any]] = {
@@ -114,7 +116,7 @@ class FeatureSchema:
         return np.array([row.categorical for row in rows], dtype=np.int64).reshape(len(rows), len(self.buckets))
 
     def from_csv(self, cells: Mapping[str, str | None]) -> dict[str, Any]:
-        """A record from a line of CSV, each cell typed by the schema, an empty one null.
+        """A record from a line of CSV, each cell typed by the schema; an empty one is null, and NA but for a category.
 
         A cell that is not of its type stays text, so that it is rejected where every record is judged. A column that
         the schema does not know stays text too, unless its name is needed for an object that known columns lie in.
@@ -128,7 +130,7 @@ class FeatureSchema:
             table = record
             for parent in parents:
                 table = table.setdefault(parent, {})
-            table[leaf] = _typed(cell, kind)
+            table[leaf] = typed_cell(cell, kind)
         return record
 
     @property
@@ -302,7 +304,7 @@ def _vector_type(size: int | None) -> Any:
     return Annotated[list[float], msgspec.Meta(min_length=size, max_length=size)] | None
 
 
-def _moment(value: str | int | float) -> datetime | None:
+def moment(value: str | int | float) -> datetime | None:
     """Epoch milliseconds or ISO 8601 (UTC if it says no offset), in UTC; None if it is neither or past year 9999."""
     try:
         if not isinstance(value, str):
@@ -315,14 +317,14 @@ def _moment(value: str | int | float) -> datetime | None:
 
 def _seconds(value: Scalar) -> float | None:
     """An event time as seconds since the epoch; None if it is none."""
-    time = None if value is None or isinstance(value, bool) else _moment(value)
+    time = None if value is None or isinstance(value, bool) else moment(value)
     return None if time is None else time.timestamp()
 
 
 def _cycles(name: str, value: str | int | float | None) -> list[float | None]:
     if value is None:
         return [None] * len(TIMESTAMP_COLUMNS)
-    time = _moment(value)
+    time = moment(value)
     if time is None:
         raise RecordError("wrong_type", f"{name}: {value!r} is neither ISO 8601 nor epoch milliseconds", name)
     hour = time.hour + time.minute / 60 + time.second / 3600
@@ -330,8 +332,9 @@ def _cycles(name: str, value: str | int | float | None) -> list[float | None]:
     return [wave(2 * math.pi * turn) for turn in turns for wave in (math.sin, math.cos)]
 
 
-def _typed(cell: str | None, kind: str | None) -> Any:
-    if cell is None or cell == "":
+def typed_cell(cell: str | None, kind: str | None) -> Any:
+    """A cell of CSV as JSON has a value of its kind: null where it is empty; as it is where it is not of its kind."""
+    if cell is None or not cell.strip() or (kind in NOT_TEXT and cell.strip().lower() in MISSING_CELLS):
         return None
     try:
         match kind:

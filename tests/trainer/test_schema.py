@@ -422,6 +422,14 @@ def test_csv_cells_become_what_their_columns_are(schema: FeatureSchema) -> None:
     assert schema.identity(record) == "007"
 
 
+@pytest.mark.parametrize("cell", [" ", "NA", "N/A", " NaN", "null", "None"])
+def test_a_cell_that_says_there_is_none_is_null_but_for_a_category(schema: FeatureSchema, cell: str) -> None:
+    assert schema.from_csv({"size": cell, "open": cell, "at": cell}) == dict.fromkeys(("size", "open", "at"))
+    assert schema.from_csv({"kind": cell, "other": cell}) == dict.fromkeys(
+        ("kind", "other"), cell if cell.strip() else None
+    )
+
+
 def test_empty_cells_are_null_and_short_lines_have_them(schema: FeatureSchema) -> None:
     assert schema.from_csv({"size": "", "kind": "", "at": None, "other": ""}) == dict.fromkeys(
         ("size", "kind", "at", "other")
@@ -432,7 +440,6 @@ def test_empty_cells_are_null_and_short_lines_have_them(schema: FeatureSchema) -
     ("column", "cell"),
     [
         ("size", "big"),
-        ("size", "nan"),
         ("size", "inf"),
         ("size", "1e400"),
         ("open", "perhaps"),
