@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from service.cli import app
 from tests.readme_tables import README, with_tables
@@ -36,6 +37,19 @@ def test_the_configuration_for_a_topic_of_ones_own_is_ten_lines_or_so() -> None:
 @pytest.mark.parametrize("block", [text for language, text in BLOCKS if language == "python"])
 def test_each_python_block_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_init_says_and_writes_what_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ((said, written),) = re.findall(r"```console\n(\$ tailstream init .*?)```.*?```text\n(.*?)```", TEXT, flags=re.S)
+    for command in ("dataset diamonds diamonds.jsonl", said.splitlines()[0].removeprefix("$ tailstream ")):
+        done = CliRunner().invoke(app, command.split())
+        assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [line for line in said.splitlines() if not line.startswith("$")]
+    text = Path("tailstream.toml").read_text()
+    places = [text.index(part) for part in written.split("...\n") if part]
+    assert places == sorted(places)
+    load(Path("tailstream.toml"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -10,6 +10,7 @@ import typer
 
 from trainer import cli_dead_letters, cli_snapshots
 from trainer.cli_evaluate import evaluate
+from trainer.cli_init import init
 from trainer.command import ConfigFile, explained, load_settings, say
 
 
@@ -102,7 +103,7 @@ def _stop_cleanly_while_starting() -> None:
 
 def register(app: typer.Typer) -> None:
     """Adds the trainer's commands to an application."""
-    for command in (train, check, publish, evaluate, dataset):
+    for command in (init, evaluate, check, publish, train, dataset):
         app.command()(command)
     app.add_typer(cli_snapshots.app, name="snapshots")
     app.add_typer(cli_dead_letters.app, name="dead-letters")

@@ -155,16 +155,23 @@ def _table(runs: Sequence[dict[str, Any]], losses: Sequence[str], balances: Sequ
     for loss in losses:
         for balance in balances:
             means = averaged([run for run in runs if run["loss"] == loss and run["balance"] == balance])
-            cells = ("-" if (value := means[name]) is None else f"{value:.4g}" for name in COLUMNS)
-            table.add_row(loss, f"{balance:g}", *cells)
+            table.add_row(loss, f"{balance:g}", *(_figure(means[name]) for name in COLUMNS))
     constant = runs[0]["constant_balanced_mae"]
     console = Console()
     with console.capture() as captured:
         console.print(table)
         console.print("b: balance. balanced, top 5%, top 1%: MAE over label regions alike, and of the largest labels.")
         console.print("coverage: of 90% intervals at balance 0, second half of the rows.")
-        console.print(f"the best constant answer, chosen in hindsight: balanced MAE {constant:.4g}" if constant else "")
+        best = f"the best constant answer, chosen in hindsight: balanced MAE {_figure(constant)}"
+        console.print(best if constant else "")
     return captured.get().rstrip()
+
+
+def _figure(value: float | None) -> str:
+    """Four digits, or all before the point; an exponent would say less in more letters."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _draw(path: Path, answers: dict[str, "Answers"], label: str) -> None:

@@ -19,7 +19,7 @@ label = "price"
 [schema.features]
 size = "numeric"
 """
-COMMANDS = ("train", "check", "publish", "dataset")
+COMMANDS = ("init", "evaluate", "check", "publish", "train", "dataset")
 
 
 @pytest.fixture(scope="module")

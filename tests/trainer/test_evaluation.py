@@ -8,7 +8,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from tests.trainer.stream import CPU, make_batches, make_settings
-from trainer.cli_evaluate import evaluate
+from trainer.cli_evaluate import _figure, evaluate
 from trainer.config import Settings
 from trainer.evaluation import balanced_mae, constant_balanced_mae, error_by_region, for_loss, run, summarise
 from trainer.learner import Learner
@@ -119,6 +119,13 @@ def test_the_command_compares_losses_over_seeds_and_draws(files: tuple[Path, Pat
     assert found["rows_per_second"] > 0
     assert all(run["balanced_mae"] > 0 for run in found["runs"])
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "-"), (0.87654, "0.8765"), (-12.5, "-12.5"), (76_240.4, "76,240"), (3e12, "3e+12")]
+)
+def test_figures_are_short_without_an_exponent(value: float | None, shown: str) -> None:
+    assert _figure(value) == shown
 
 
 @pytest.mark.parametrize(
