@@ -4,21 +4,18 @@ Everything here is what inference needs, and all of it is in `model.safetensors`
 deviations from the running mean; outside, in the label's own units.
 """
 
-import importlib
 import itertools
 import math
-import os
-import sys
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config import LearnerSettings, ModelSettings, SigmaInLabelUnits
-from trainer.errors import ConfigError
 from trainer.heads import GaussianHead, Head, MixtureHead
 from trainer.label_density import LabelGrid
 from trainer.losses import LOSSES, Mixture, NoiseSigma
+from trainer.own_body import own_body
 from trainer.predictive import Components, LearnedPrior
 from trainer.schema import FeatureSchema
 
@@ -193,15 +190,11 @@ def build_model(schema: FeatureSchema, model: ModelSettings, learner: LearnerSet
     """A fresh model as the configuration describes it, its weights drawn from torch's global generator.
 
     Raises:
-        ConfigError: a body of the user's own cannot be imported, or has no `out_features`.
+        ConfigError: a body of the user's own cannot be used.
     """
-    if model.body == "tabular":
-        body: nn.Module = TabularBody(schema, model.hidden, model.embedding)
-    else:
-        body = _import_body(model.body, schema)
-    out_features = getattr(body, "out_features", None)
-    if not isinstance(out_features, int):
-        raise ConfigError(f"model.body: {model.body!r} made {type(body).__name__}, which has no integer out_features")
+    tabular = model.body == "tabular"
+    body = TabularBody(schema, model.hidden, model.embedding) if tabular else own_body(model.body, schema)
+    out_features = cast("int", body.out_features)
     head: Head
     if model.head == "mixture":
         head = MixtureHead(out_features, model.components)
@@ -253,16 +246,3 @@ def _noise(learner: LearnerSettings) -> NoiseSigma:
             return NoiseSigma("fixed", initial=sigma, unit="label")
         case sigma:
             return NoiseSigma("fixed", initial=sigma)
-
-
-def _import_body(path: str, schema: FeatureSchema) -> nn.Module:
-    module, _, function = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m` does; a console script does not
-    try:
-        body = getattr(importlib.import_module(module), function)(schema)
-    except Exception as error:  # it is the user's code: whatever it raises
-        raise ConfigError(f"model.body: {path!r} could not make a body: {error!r}") from error
-    if not isinstance(body, nn.Module):
-        raise ConfigError(f"model.body: {path!r} returned {type(body).__name__}, not a torch.nn.Module")
-    return body

@@ -1,7 +1,4 @@
 import itertools
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.trainer.stream import make_batches, make_schema, make_settings
 from trainer.config import Settings
-from trainer.errors import ConfigError
 from trainer.label_density import LabelDensity
 from trainer.model import (
     TRAINING_REACH,
@@ -234,52 +230,3 @@ def test_equal_buckets_of_two_features_are_two_embeddings() -> None:
     body.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     body(torch.empty(2, 0), torch.tensor([[0, 0], [2, 4]]))
     assert seen[0].tolist() == [[0, 3], [2, 7]]
-
-
-# A body of the user's own
-
-
-class Own(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.out_features = 5
-        self.layer = nn.Linear(width, 5)
-
-    def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:
-        out: Tensor = self.layer(numeric)
-        return out
-
-
-@pytest.fixture
-def bodies(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    module = types.ModuleType("bodies_of_a_test")
-    module.own = lambda schema: Own(schema.numeric_width)  # type: ignore[attr-defined]
-    module.no_width = lambda schema: nn.Identity()  # type: ignore[attr-defined]
-    module.no_module = lambda schema: 3  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
-
-
-@pytest.mark.usefixtures("bodies")
-def test_a_body_of_ones_own_takes_the_place_of_the_tabular_one() -> None:
-    given_settings = make_settings(model={"body": "bodies_of_a_test:own"})
-    model = build(given_settings)
-    numeric, categorical, _ = inputs(given_settings, 8)
-    assert isinstance(model.body, Own)
-    assert model(numeric, categorical).location.shape == (8,)
-
-
-@pytest.mark.usefixtures("bodies")
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("bodies_of_a_test:absent", "could not make a body"),
-        ("no_such_module:own", "could not make a body"),
-        ("bodies_of_a_test:no_width", "no integer out_features"),
-        ("bodies_of_a_test:no_module", "returned int, not a torch.nn.Module"),
-    ],
-)
-def test_a_body_that_cannot_be_used_is_a_configuration_error(body: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        build(make_settings(Path("x"), model={"body": body}))
-    assert "model.body" in str(caught.value)
