@@ -12,6 +12,7 @@ import numpy as np
 import structlog
 import torch
 
+from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.errors import SnapshotError, TailstreamError
 from trainer.label_density import LabelGrid
@@ -57,10 +58,13 @@ class Predictor:
         manifest: what the snapshot says of itself.
     """
 
-    def __init__(self, manifest: Manifest, model: Model, grid: LabelGrid, schema: FeatureSchema) -> None:
+    def __init__(
+        self, manifest: Manifest, model: Model, grid: LabelGrid, calibration: LevelCalibration, schema: FeatureSchema
+    ) -> None:
         self.manifest = manifest
         self._model = model.eval().requires_grad_(False)
         self._grid = grid
+        self._calibration = calibration
         self._schema = schema
         self._learned_prior: LearnedPrior = learned_prior(manifest.learner["loss"])
 
@@ -75,8 +79,9 @@ class Predictor:
         """
         schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
         model = build_model(schema, settings.model, settings.learner)
-        grid = load_inference(snapshot.model, model)
-        return cls(snapshot.manifest, model, grid, schema)
+        calibration = LevelCalibration()
+        grid = load_inference(snapshot.model, model, calibration)
+        return cls(snapshot.manifest, model, grid, calibration, schema)
 
     @property
     def version(self) -> int:
@@ -118,6 +123,13 @@ class Predictor:
             categorical[: len(rows)] = torch.from_numpy(self._schema.categorical(rows))
         return self._model.components(self._model(numeric, categorical))
 
+    def _levels(self, asked: Asked) -> tuple[float, float] | None:
+        """The levels of the ends of the interval asked for, as what happened on the stream has calibrated them."""
+        if asked.interval is None:
+            return None
+        lower, upper = self._calibration.ends(asked.interval, asked.balance).tolist()
+        return lower, upper
+
     def _answer(self, components: Components, rows: int, asked: Asked) -> Predictive:
         answer = predict(
             components,
@@ -125,7 +137,7 @@ class Predictor:
             learned_prior=self._learned_prior,
             balance=asked.balance,
             point=asked.point,
-            interval=asked.interval,
+            interval=self._levels(asked),
         )
         if answer.lower is None or answer.upper is None:
             return Predictive(answer.point[:rows])

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from trainer.batching import Batch
 from trainer.config import Settings
 from trainer.learner import Learner
-from trainer.model import learned_prior
-from trainer.predictive import predict
 from trainer.prequential import BINS, LEAST_ROWS
 from trainer.schema import FeatureSchema
 
@@ -61,7 +59,6 @@ def run(
         progress: told the rows of each batch.
     """
     learner = Learner(settings, schema, device)
-    prior = learned_prior(settings.learner.loss)
     labels, scores, covered = [], [], []
     medians: dict[float, list[Floats]] = {balance: [] for balance in balances}
     means: dict[float, list[Floats]] = {balance: [] for balance in balances}
@@ -77,16 +74,9 @@ def run(
         labels.append(batch.label)
         scores.append(result.log_score.double().cpu().numpy())
         covered.append(result.covered.cpu().numpy())
-        for kept, point in ((medians, "median"), (means, "mean")):
-            for balance in balances:
-                answer = predict(
-                    result.components,
-                    result.grid,
-                    learned_prior=prior,
-                    balance=balance,
-                    point="median" if point == "median" else "mean",
-                )
-                kept[balance].append(answer.point.cpu().numpy())
+        for balance in balances:
+            medians[balance].append(result.density.answer(balance).point.cpu().numpy())
+            means[balance].append(result.density.answer(balance, point="mean").point.cpu().numpy())
     return Answers(
         _joined(labels),
         {balance: _joined(parts) for balance, parts in medians.items()},

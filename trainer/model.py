@@ -11,6 +11,7 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 
+from trainer.calibration import LevelCalibration
 from trainer.config import LearnerSettings, ModelSettings, SigmaInLabelUnits
 from trainer.heads import GaussianHead, Head, MixtureHead
 from trainer.label_density import LabelGrid
@@ -203,18 +204,23 @@ def build_model(schema: FeatureSchema, model: ModelSettings, learner: LearnerSet
     return Model(body, head, len(schema.numeric_columns))
 
 
-def inference_state(model: Model, grid: LabelGrid) -> dict[str, Tensor]:
+def inference_state(model: Model, grid: LabelGrid, calibration: LevelCalibration) -> dict[str, Tensor]:
     """What predicting needs, by the names it has in `model.safetensors`."""
-    return {**prefixed("model", model.state_dict()), **prefixed("grid", grid.to_tensors())}
+    return {
+        **prefixed("model", model.state_dict()),
+        **prefixed("grid", grid.to_tensors()),
+        **prefixed("calibration", calibration.state_dict()),
+    }
 
 
-def load_inference(state: dict[str, Tensor], model: Model) -> LabelGrid:
-    """Loads what `inference_state` gave into a model, and returns the label density beside it.
+def load_inference(state: dict[str, Tensor], model: Model, calibration: LevelCalibration) -> LabelGrid:
+    """Loads what `inference_state` gave into a model and a calibration, and returns the label density beside them.
 
     Raises:
         RuntimeError, KeyError: it is of another model.
     """
     model.load_state_dict(unprefixed("model", state))
+    calibration.load_state_dict(unprefixed("calibration", state))
     return LabelGrid.from_tensors(unprefixed("grid", state))
 
 

@@ -14,8 +14,8 @@ Every row is computed by operations of its own, in tiles of a fixed number of ro
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -49,6 +49,16 @@ class Components:
     scales: Tensor
     label_mean: Tensor | float = 0.0
     label_sd: Tensor | float = 1.0
+
+    def where(self, condition: Tensor, other: "Components") -> "Components":
+        """Return these where a condition () holds, else others in the same units; the condition is not waited for."""
+        return Components(
+            torch.where(condition, self.log_weights, other.log_weights),
+            torch.where(condition, self.means, other.means),
+            torch.where(condition, self.scales, other.scales),
+            self.label_mean,
+            self.label_sd,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,25 +105,14 @@ def predict(
         Point and interval, raw label units.
 
     Raises:
-        ValueError: balance is outside [0, 1], or the interval's levels are not increasing within (0, 1).
+        ValueError: balance is outside [0, 1], or the interval's levels decrease or are not within (0, 1).
     """
     levels = _levels(interval)
     _check_balance(balance)
-    wanted = [0.5, *levels] if point == "median" else list(levels)
     if not len(grid):
         return _head_alone(components, levels)
     mass = _masses(components, grid, learned_prior, balance)
-    cumulative = mass.cumsum(1)
-    answers = _quantiles(cumulative, mass.new_tensor(wanted), grid)
-    if point == "mean":
-        # Offsets from the first edge keep the precision of labels that are large and close together.
-        offsets = (grid.centres - grid.edges[0]).float()
-        mean = grid.edges[0] + ((mass * offsets).sum(1, keepdim=True) / cumulative[:, -1:]).double()
-        answers = torch.cat([mean, answers], 1)
-    centre, *ends = answers.T.contiguous()
-    if not ends:
-        return Predictive(centre)
-    return Predictive(centre, torch.minimum(centre, ends[0]), torch.maximum(centre, ends[1]))
+    return _answer(mass, mass.cumsum(1), grid, mass.new_tensor(levels) if levels else None, point)
 
 
 @torch.no_grad()
@@ -130,6 +129,83 @@ def cell_probabilities(
         return components.means.new_empty(len(components.means), 0, dtype=torch.float32)
     mass = _masses(components, grid, learned_prior, balance)
     return mass / mass.sum(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class GridDensity:
+    """p_0(y|x) of B rows on the G cells of a grid: labels are scored by it, and answers at any balance follow from it.
+
+    The answers differ from those of `predict` by rounding: there the balance is part of the exponent.
+
+    Attributes:
+        components: the head's density.
+        grid: the label density that the head was trained beside; not empty.
+        learned_prior: what the head's loss makes it learn.
+        mass: (B, G) float32, proportional to the cells' probabilities.
+        cumulative: (B, G) float32, its running sums.
+    """
+
+    components: Components
+    grid: LabelGrid
+    learned_prior: LearnedPrior
+    mass: Tensor
+    cumulative: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, components: Components, grid: LabelGrid, learned_prior: LearnedPrior) -> Self:
+        """Evaluate a head's density on a grid."""
+        mass = _masses(components, grid, learned_prior, balance=0.0)
+        return cls(components, grid, learned_prior, mass, mass.cumsum(1))
+
+    @torch.no_grad()
+    def log_score(self, labels: Tensor) -> Tensor:
+        """As the function of that name: (B,) float32 for labels (B,) in raw label units."""
+        raw, cells = self._places(labels)
+        beyond = (self.grid.edges[0] - raw).clamp_min(0.0) + (raw - self.grid.edges[-1]).clamp_min(0.0)
+        share = self.mass.gather(1, cells[:, None])[:, 0] / self.cumulative[:, -1]
+        return (share.clamp_min(_TINY).log() - (self.grid.widths[cells] + beyond).log()).float()
+
+    @torch.no_grad()
+    def level(self, labels: Tensor) -> Tensor:
+        """Return P(Y <= y|x) of labels y (B,) in raw label units: (B,) float32 in [0, 1]."""
+        raw, cells = self._places(labels)
+        part = ((raw - self.grid.edges[cells]) / self.grid.widths[cells]).clamp_(0.0, 1.0).float()
+        up_to, here = (of.gather(1, cells[:, None])[:, 0] for of in (self.cumulative, self.mass))
+        return ((up_to - (1 - part) * here) / self.cumulative[:, -1]).clamp_(0.0, 1.0)
+
+    @torch.no_grad()
+    def answer(self, balance: float, ends: Tensor | None = None, point: Point = "median") -> Predictive:
+        """Answer as `predict` does.
+
+        Args:
+            balance: label prior of the answer, in [0, 1].
+            ends: (2,) probability levels of an interval's ends, never decreasing, which are not waited for.
+            point: the median or the mean.
+        """
+        if balance == 0:
+            return _answer(self.mass, self.cumulative, self.grid, ends, point)
+        tilt = balance * (self.grid.log_mask - self.grid.log_density)
+        mass = self.mass * (tilt - tilt.max()).exp()
+        lost = mass.sum(1) <= _RELIABLE_TOTAL
+        if mass.device.type != "cpu" or bool(lost.any()):
+            exact = _masses(self.components, self.grid, self.learned_prior, balance)
+            mass = torch.where(lost[:, None], exact, mass)
+        return _answer(mass, mass.cumsum(1), self.grid, ends, point)
+
+    @torch.no_grad()
+    def where(self, condition: Tensor, other: "GridDensity") -> "GridDensity":
+        """Return this where a condition () holds, else another of the same grid; the condition is not waited for."""
+        return replace(
+            self,
+            components=self.components.where(condition, other.components),
+            mass=torch.where(condition, self.mass, other.mass),
+            cumulative=torch.where(condition, self.cumulative, other.cumulative),
+        )
+
+    def _places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        raw = labels.to(self.grid.edges)
+        return raw, self.grid.cell_of(raw)
 
 
 @torch.no_grad()
@@ -154,12 +230,7 @@ def log_score(components: Components, grid: LabelGrid, labels: Tensor, *, learne
         sd = torch.as_tensor(components.label_sd, dtype=terms.dtype, device=terms.device)
         scores = torch.logsumexp(terms, 1) - 0.5 * math.log(2 * math.pi) - sd.log()
         return scores.float().nan_to_num(nan=-math.inf).clamp_min(math.log(_TINY))
-    raw = labels.to(grid.edges)
-    cells = grid.cell_of(raw)
-    beyond = (grid.edges[0] - raw).clamp_min(0.0) + (raw - grid.edges[-1]).clamp_min(0.0)
-    mass = _masses(components, grid, learned_prior, balance=0.0)
-    share = mass.gather(1, cells[:, None])[:, 0] / mass.sum(1)
-    return (share.clamp_min(_TINY).log() - (grid.widths[cells] + beyond).log()).float()
+    return GridDensity.of(components, grid, learned_prior).log_score(labels)
 
 
 def _levels(interval: float | tuple[float, float] | None) -> tuple[float, ...]:
@@ -167,8 +238,8 @@ def _levels(interval: float | tuple[float, float] | None) -> tuple[float, ...]:
     if interval is None:
         return ()
     lower, upper = interval if isinstance(interval, tuple) else ((1 - interval) / 2, (1 + interval) / 2)
-    if not 0 < lower < upper < 1:
-        raise ValueError(f"an interval needs levels 0 < lower < upper < 1, not {lower} and {upper}")
+    if not 0 < lower <= upper < 1:
+        raise ValueError(f"an interval needs levels 0 < lower <= upper < 1, not {lower} and {upper}")
     return lower, upper
 
 
@@ -258,6 +329,23 @@ def _careful_masses(parameters: Tensor, centres: Tensor, log_tilt: Tensor, log_m
     usable = logs.amax(1, keepdim=True).isfinite()
     logs = torch.where(usable, logs, log_marginal.double())
     return torch.exp(logs - logs.amax(1, keepdim=True)).float()
+
+
+def _answer(mass: Tensor, cumulative: Tensor, grid: LabelGrid, ends: Tensor | None, point: Point) -> Predictive:
+    """Answer from the cells' masses and their running sums (B, G); `ends` (2,) are levels, never decreasing."""
+    levels = mass.new_empty(0) if ends is None else ends.to(mass)
+    if point == "median":
+        levels = torch.cat([levels.new_full((1,), 0.5), levels])
+    answers = _quantiles(cumulative, levels, grid)
+    if point == "mean":
+        # Offsets from the first edge keep the precision of labels that are large and close together.
+        offsets = (grid.centres - grid.edges[0]).float()
+        mean = grid.edges[0] + ((mass * offsets).sum(1, keepdim=True) / cumulative[:, -1:]).double()
+        answers = torch.cat([mean, answers], 1)
+    if ends is None:
+        return Predictive(answers[:, 0])
+    centre, lower, upper = answers.T.contiguous()
+    return Predictive(centre, torch.minimum(centre, lower), torch.maximum(centre, upper))
 
 
 def _quantiles(cumulative: Tensor, probabilities: Tensor, grid: LabelGrid) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batching import Batch
+from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.heads import MixtureHead
 from trainer.label_density import LabelDensity, LabelGrid
@@ -25,7 +26,7 @@ from trainer.losses import (
     mse_loss,
 )
 from trainer.model import build_model, inference_state, learned_prior, unprefixed
-from trainer.predictive import Components, log_score, predict
+from trainer.predictive import Components, GridDensity
 from trainer.prequential import BALANCES, MEDIAN, PrequentialMetrics
 from trainer.schema import FeatureSchema
 from trainer.task import Noise, Tested
@@ -42,8 +43,7 @@ PLAIN_LOSSES: Final = {"mse": mse_loss, "l1": l1_loss, "huber": huber_loss}
 class StepResult(NamedTuple):
     """What was predicted for B rows before they were learned from."""
 
-    components: Components  # the head's density, of the weights that answer
-    grid: LabelGrid
+    density: GridDensity  # of the weights that answer
     log_score: Tensor  # (B,) at balance 0, natural logs per label unit
     covered: Tensor  # (B,) bool, whether the label lay in its interval at balance 0
 
@@ -56,6 +56,7 @@ class Regression:
         averaged: the same network with averaged weights; the scalers are the model's own.
         density: of the labels, on the host, where they arrive.
         labels: what the loss must know of the label density beside the step's labels.
+        calibration: of the levels of intervals.
         prequential: errors of each answer.
     """
 
@@ -69,6 +70,7 @@ class Regression:
         self.density = LabelDensity()
         self.labels = _label_model(self._loss).to(device)
         self.prequential = PrequentialMetrics([f"{b:g}" for b in BALANCES], settings.learner.metrics_fading, device)
+        self.calibration = LevelCalibration().to(device)
         self._grid, self._median = LabelGrid.empty(), 0.0
 
     def sigma_parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -82,24 +84,22 @@ class Regression:
         """Predicts rows not yet learned from, and takes their errors into the metrics; see `Task.test`."""
         target = self.model.labels.standardise(label)
         both: list[Components] = []
-        scores = []
         for model in (self.model, self.averaged):
             model.eval()
             mixture = model(numeric, categorical)
             model.head.observe(mixture, target)
-            components = model.components(mixture)
-            both.append(components)
-            scores.append(log_score(components, self._grid, label, learned_prior=self._prior))
-        answering = _pick(averaged_is_better, *both)
+            both.append(model.components(mixture))
+        current, averaged = (GridDensity.of(part, self._grid, self._prior) for part in both)
+        scores = [density.log_score(label) for density in (current, averaged)]
         score = torch.where(averaged_is_better, scores[1], scores[0])
         floor = SCORE_FLOOR - self.model.labels.sd.log()
         means = torch.stack([s.clamp(min=floor).double().mean() for s in scores])
+        answering = averaged.where(averaged_is_better, current)
         answers = {
-            f"{balance:g}": predict(
-                answering, self._grid, learned_prior=self._prior, balance=balance, interval=INTERVAL
-            )
+            f"{balance:g}": answering.answer(balance, self.calibration.ends(INTERVAL) if balance == 0 else None)
             for balance in BALANCES
         }
+        self.calibration.observe(answering.level(label))
         natural = answers["0"]
         assert natural.lower is not None
         assert natural.upper is not None
@@ -107,7 +107,7 @@ class Regression:
         points = {name: answer.point for name, answer in answers.items()}
         points[MEDIAN] = natural.point.new_full((len(batch),), self._median)
         self.prequential.observe(batch.label, points, covered, score)
-        return Tested(StepResult(answering, self._grid, score, covered), natural.point, means)
+        return Tested(StepResult(answering, score, covered), natural.point, means)
 
     def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
         """Takes a batch into the running statistics; predictions in label units stay as they were (Pop-Art)."""
@@ -169,7 +169,7 @@ class Regression:
 
     def inference_state(self, averaged: bool) -> dict[str, Tensor]:
         """What predicting needs: the weights, the scalers, the label density."""
-        return inference_state(self.averaged if averaged else self.model, self.density.grid())
+        return inference_state(self.averaged if averaged else self.model, self.density.grid(), self.calibration)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """All state, by part."""
@@ -178,6 +178,7 @@ class Regression:
             "averaged": {name: value for name, value in self.averaged.state_dict().items() if not _is_scaler(name)},
             "density": self.density.state_dict(),
             "labels": self.labels.state_dict(),
+            "calibration": self.calibration.state_dict(),
             "grid": self._grid.to_tensors(),
             "prequential": self.prequential.state_dict(),
         }
@@ -194,19 +195,10 @@ class Regression:
             raise RuntimeError(f"averaged weights do not fit the model: {averaged}")
         self.density.load_state_dict(unprefixed("density", state))
         self.labels.load_state_dict(unprefixed("labels", state))
+        self.calibration.load_state_dict(unprefixed("calibration", state))
         grid = LabelGrid.from_tensors(unprefixed("grid", state))
         self._grid, self._median = grid.to(self._device), _median(grid)
         self.prequential.load_state_dict(unprefixed("prequential", state))
-
-
-def _pick(averaged_is_better: Tensor, current: Components, averaged: Components) -> Components:
-    return Components(
-        torch.where(averaged_is_better, averaged.log_weights, current.log_weights),
-        torch.where(averaged_is_better, averaged.means, current.means),
-        torch.where(averaged_is_better, averaged.scales, current.scales),
-        current.label_mean,
-        current.label_sd,
-    )
 
 
 def _median(grid: LabelGrid) -> float:

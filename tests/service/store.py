@@ -9,6 +9,7 @@ from torch import Tensor
 
 from service.predictor import Predictor
 from trainer.batching import PartitionProgress
+from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.label_density import LabelDensity
 from trainer.model import Model, build_model
@@ -96,11 +97,16 @@ def fitted(settings: Settings, seed: int) -> tuple[Model, dict[str, Tensor]]:
         return model, labels.grid().to_tensors()
 
 
-def write_snapshot(settings: Settings, seed: int = 0, **changes: Any) -> Manifest:
+def write_snapshot(
+    settings: Settings, seed: int = 0, calibration: LevelCalibration | None = None, **changes: Any
+) -> Manifest:
     """Writes a fitted model as the next version; `changes` go into its manifest."""
     model, grid = fitted(settings, seed)
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {f"grid.{name}": tensor.contiguous() for name, tensor in grid.items()}
+    tensors |= {
+        f"calibration.{name}": tensor for name, tensor in (calibration or LevelCalibration()).state_dict().items()
+    }
     settings.store.path.mkdir(parents=True, exist_ok=True)
     return SnapshotStore(settings.store.path).write(manifest(settings, **changes), tensors, {})
 

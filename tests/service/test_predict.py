@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from service.predictor import Asked, Predictor, Question
 from tests.service.conftest import running
 from tests.service.store import in_process, instance, make_settings, write_snapshot
+from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.predictive import Predictive
 from trainer.schema import FeatureSchema, Row
@@ -61,6 +63,19 @@ def expected(predictor: Predictor, rows: list[Row], asked: dict[str, Any]) -> di
     balance = asked.get("balance", 0.5)
     answer = predictor.predict(rows, balance, asked.get("interval"), asked.get("point", "median"))
     return {**lists(answer), "balance": balance, "model_version": 1}
+
+
+def test_intervals_are_as_wide_as_what_came_has_shown_them_to_be(empty: Settings, rows: list[Row]) -> None:
+    surprised = LevelCalibration()
+    surprised.observe(torch.tensor([0.01, 0.99]).repeat(1000))
+    write_snapshot(empty)
+    write_snapshot(empty, calibration=surprised)
+    narrow, wide = (lists(in_process(empty, version).predict(rows, 0.0, 0.9)) for version in (1, 2))
+    assert narrow["predictions"] == wide["predictions"]
+    assert all(low > lower for low, lower in zip(narrow["lower"], wide["lower"], strict=True))
+    assert all(up < upper for up, upper in zip(narrow["upper"], wide["upper"], strict=True))
+    alike = [lists(in_process(empty, version).predict(rows, 1.0, 0.9)) for version in (1, 2)]
+    assert alike[0] == alike[1]
 
 
 @pytest.mark.parametrize("asked", ASKED, ids=str)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.trainer.stream import make_batches, make_schema, make_settings
+from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.label_density import LabelDensity
 from trainer.model import (
@@ -191,12 +192,16 @@ def test_what_predicting_needs_is_all_that_a_reader_has_to_load(variant: str) ->
     model.observe(numeric, label)
     density = LabelDensity()
     density.observe(label)
-    grid = load_inference(inference_state(model, density.grid()), other)
+    calibration, read = LevelCalibration(), LevelCalibration()
+    calibration.observe(torch.rand(64))
+    state = inference_state(model, density.grid(), calibration)
+    grid = load_inference(state, other, read)
     assert torch.equal(grid.log_density, density.grid().log_density)
+    assert torch.equal(read.counts, calibration.counts)
     for left, right in zip(model.eval()(numeric, categorical), other.eval()(numeric, categorical), strict=True):
         assert torch.equal(left, right)
     with pytest.raises(RuntimeError):
-        load_inference(inference_state(model, density.grid()), build(make_settings(model={"hidden": [13]})))
+        load_inference(state, build(make_settings(model={"hidden": [13]})), read)
 
 
 def test_names_of_parts_are_put_before_and_taken_off_again() -> None:

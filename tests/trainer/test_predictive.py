@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.label_density import LabelDensity, LabelGrid
-from trainer.predictive import Components, LearnedPrior, cell_probabilities, log_score, predict
+from trainer.predictive import Components, GridDensity, LearnedPrior, cell_probabilities, log_score, predict
 
 PRIORS: tuple[LearnedPrior, ...] = ("uniform", "stream", "weighted")
 FINE = 64  # points that the reference takes in each cell
@@ -324,3 +324,42 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None
     for grid in (grid_of(skewed_labels()), LabelGrid.empty()):
         with pytest.raises(ValueError, match=r"balance must be|an interval needs"):
             predict(random_components(1), grid, **({"learned_prior": "uniform", "balance": 0.5} | wrong))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prior", ["uniform", "stream", "weighted"])
+@pytest.mark.parametrize("point", ["median", "mean"])
+@pytest.mark.parametrize("balance", [0.0, 0.3, 1.0])
+def test_a_density_computed_once_answers_as_one_computed_for_the_balance(balance, point, prior) -> None:  # type: ignore[no-untyped-def]
+    components, grid = random_components(200), grid_of(skewed_labels())
+    once = GridDensity.of(components, grid, prior).answer(balance, torch.tensor([0.05, 0.95]), point)
+    own = predict(components, grid, learned_prior=prior, balance=balance, interval=0.9, point=point)
+    span = float(grid.edges[-1] - grid.edges[0])
+    for left, right in zip((once.point, once.lower, once.upper), (own.point, own.lower, own.upper), strict=True):
+        torch.testing.assert_close(left, right, atol=2e-5 * span, rtol=0)
+
+
+def test_rows_that_a_balance_tilts_out_of_reach_are_answered_exactly() -> None:
+    grid = grid_of(skewed_labels())
+    lowest = int(grid.log_density.argmax())
+    narrow = Components(
+        torch.zeros(1, 1),
+        grid.centres[lowest].float().view(1, 1),
+        torch.full((1, 1), 1e-3),
+        torch.zeros(()),
+        torch.ones(()),
+    )
+    rare = replace(grid, log_density=grid.log_density + 80 * (torch.arange(len(grid)) == lowest))
+    once = GridDensity.of(narrow, rare, "stream").answer(1.0)
+    own = predict(narrow, rare, learned_prior="stream", balance=1.0)
+    torch.testing.assert_close(once.point, own.point)
+
+
+def test_the_level_of_a_quantile_is_its_probability() -> None:
+    components, grid = random_components(200), grid_of(skewed_labels())
+    density = GridDensity.of(components, grid, "uniform")
+    answer = density.answer(0.0, torch.tensor([0.1, 0.7]))
+    for label, level in ((answer.lower, 0.1), (answer.point, 0.5), (answer.upper, 0.7)):
+        assert label is not None
+        torch.testing.assert_close(density.level(label), torch.full((len(label),), level), atol=1e-4, rtol=0)
+    beyond = torch.tensor([-1e9, 1e9]).repeat(len(answer.point) // 2)
+    torch.testing.assert_close(density.level(beyond), torch.tensor([0.0, 1.0]).repeat(len(beyond) // 2))
