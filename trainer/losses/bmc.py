@@ -190,7 +190,7 @@ class _BalancedMSE(torch.autograd.Function):
         sigma_grad = None
         if ctx.needs_input_grad[1] and moments.mean_excess is not None:
             sigma_grad = (moments.mean_excess - own_excess).mul_(2 * share / value)
-            sigma_grad = (sigma_grad.sum() if average else sigma_grad).to(pred.dtype)
+            sigma_grad = sigma_grad.sum() if average else sigma_grad  # rows cancel in their sum: not yet rounded
         ctx.save_for_backward(pred_grad.to(pred.dtype), sigma_grad)
         return (loss.mean() if average else loss).to(pred.dtype)
 
@@ -199,9 +199,7 @@ class _BalancedMSE(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pred_grad, sigma_grad = ctx.saved_tensors
         grad_pred = (grad[:, None] if pred_grad.dim() > 1 and grad.dim() else grad) * pred_grad
-        grad_sigma = None if sigma_grad is None else grad * sigma_grad
-        if grad_sigma is not None and grad_sigma.dim():
-            grad_sigma = grad_sigma.sum()
+        grad_sigma = None if sigma_grad is None else (grad * sigma_grad).sum().to(pred_grad.dtype)
         return grad_pred, grad_sigma, *[None] * 5
 
 

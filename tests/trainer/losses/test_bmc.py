@@ -2,7 +2,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,6 +72,7 @@ def exact(pred, target, sigma, memory, log_weights):
     near_linear=st.booleans(),
     seed=st.integers(0, 2**20),
 )
+@example("normal", 179, 299, 71.04974114426787, "ramp", False, 180)  # rows cancel in sigma's gradient a thousandfold
 def test_float32_agrees_with_float64(kind, rows, memory, sigma_over_sd, weights, near_linear, seed) -> None:
     pred, target, rest, sd = make_case(kind, rows, memory, seed)
     sigma = float(torch.tensor(sigma_over_sd * sd, dtype=torch.float32))
