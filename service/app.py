@@ -13,15 +13,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from service import problems
-from service.auth import KeyCheck, is_open, load_keys
+from service.auth import KeyCheck, Keys, load_keys
 from service.batcher import Batcher
 from service.metrics import CountRequests, ServiceMetrics
-from service.routes import PredictEndpoint, mounts, page_router, predict_route, state_router
+from service.predict import PredictEndpoint, Service, predict_route
+from service.routes import mounts, page_router, state_router
 from service.schemas import FaultResponse, ProblemResponse, question_decoder
 from service.security import SecurityHeaders
 from service.versions import Versions, versions_router
 from service.watcher import Watcher
-from trainer.config import Settings
+from trainer.config import ServiceSettings, Settings
 from trainer.model import build_model
 from trainer.schema import FeatureSchema
 from trainer.snapshot import SnapshotStore
@@ -49,10 +50,11 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             await asyncio.to_thread(watcher.stop)
+            endpoint.close()
             batcher.close()
             versions.close()
 
-    app = FastAPI(
+    app = Service(
         title="Tailstream",
         version=_version(),
         description="Predictions from a model that learns from a stream and is seconds old.",
@@ -66,25 +68,32 @@ def create_app(settings: Settings) -> FastAPI:
             Exception: problems.answer_failure,
         },
     )
-    decode = question_decoder(schema, settings.service)
-    endpoint = PredictEndpoint(watcher, batcher, versions, decode, settings.service.max_body_bytes, metrics)
-    app.router.routes.insert(0, predict_route(endpoint, settings))
+    keys = _keys(settings.service)
+    app.predict = endpoint = PredictEndpoint(
+        watcher, batcher, versions, question_decoder(schema, settings.service), keys, settings.service, metrics
+    )
+    app.router.routes.insert(0, predict_route(settings))
     app.include_router(state_router(watcher, metrics, settings))
     app.include_router(versions_router(versions, watcher))
     app.include_router(page_router(watcher, settings))
     for path, folder in mounts().items():
         app.mount(path, folder)
 
-    keys = load_keys(Path(settings.service.api_keys_file)) if settings.service.api_keys_file else {}
-    if keys:
-        app.add_middleware(KeyCheck, keys=keys)
+    if keys is not None:
+        app.add_middleware(KeyCheck, keys=keys, count=metrics.count_key)
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(SecurityHeaders)
-    _describe(app, keyed=bool(keys))
+    _describe(app, keys)
     return app
 
 
-def _describe(app: FastAPI, *, keyed: bool) -> None:
+def _keys(settings: ServiceSettings) -> Keys | None:
+    if not settings.api_keys_file:
+        return None
+    return Keys(load_keys(Path(settings.api_keys_file)), metrics_need_key=settings.metrics_need_key)
+
+
+def _describe(app: FastAPI, keys: Keys | None) -> None:
     """Adds to the OpenAPI document what the framework cannot know: problems, and the keys."""
     generate = app.openapi
 
@@ -99,13 +108,13 @@ def _describe(app: FastAPI, *, keyed: bool) -> None:
                 schemas[model.__name__] = described
             for unused in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(unused, None)
-            if keyed:
+            if keys is not None:
                 document["components"]["securitySchemes"] = {
                     "bearer": {"type": "http", "scheme": "bearer"},
                     "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
                 }
                 for path, operations in document["paths"].items():
-                    for operation in () if is_open(path) else operations.values():
+                    for operation in () if keys.is_open(path) else operations.values():
                         operation["security"] = [{"bearer": []}, {"api_key": []}]
             app.openapi_schema = document
         return app.openapi_schema

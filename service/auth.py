@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -67,36 +67,59 @@ def check_reach(settings: ServiceSettings) -> None:
         )
 
 
-class KeyCheck:
-    """Middleware that asks for an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`, outside open paths."""
+class Keys:
+    """Knows the API keys, and where none is asked for.
 
-    def __init__(self, app: ASGIApp, keys: Mapping[str, bytes]) -> None:
-        self._app = app
-        self._digests = tuple(keys.values())
+    Args:
+        digests: by name, as `load_keys` gives them.
+        metrics_need_key: whether `/metrics` is closed too.
+    """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers 401, or lets the request pass."""
-        if scope["type"] == "http" and not is_open(scope["path"]) and not self._knows(scope):
-            problem = Problem(UNAUTHORIZED, "Send an API key, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
-            await problem.response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+    def __init__(self, digests: Mapping[str, bytes], *, metrics_need_key: bool) -> None:
+        self._digests = tuple(digests.items())
+        self._open = OPEN_PATHS - {"/metrics"} if metrics_need_key else OPEN_PATHS
 
-    def _knows(self, scope: Scope) -> bool:
+    def is_open(self, path: str) -> bool:
+        """Whether a path is answered without a key."""
+        return path in self._open or path.startswith(OPEN_PREFIXES)
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
+        """The name of the key that a request brings, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+
+        Raises:
+            Problem: it brings none that is known.
+        """
         presented = b""
-        for name, value in scope["headers"]:
+        for name, value in headers:
             if name == b"x-api-key":
                 presented = value.strip()
             elif name == b"authorization" and value[:7].lower() == b"bearer ":
                 presented = value[7:].strip()
         digest = _digest(presented)
         # Every key is compared: the time says neither which one fits nor how much of one.
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+        names = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
+        if not names:
+            raise Problem(UNAUTHORIZED, "Send an API key, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
+        return names[0]
 
 
-def is_open(path: str) -> bool:
-    """Whether a path is answered without a key."""
-    return path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
+class KeyCheck:
+    """Middleware that asks for an API key outside open paths, and counts by its name."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, count: Callable[[str], None]) -> None:
+        self._app = app
+        self._keys = keys
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers 401, or lets the request pass."""
+        if scope["type"] == "http" and not self._keys.is_open(scope["path"]):
+            try:
+                self._count(self._keys.check(scope["headers"]))
+            except Problem as problem:
+                await problem.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def _digest(key: bytes) -> bytes:

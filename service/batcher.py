@@ -34,6 +34,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._waiting_rows = 0
         self._running = False
+        self._in_thread = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="predict")
 
     def __len__(self) -> int:
@@ -46,9 +47,8 @@ class Batcher:
         Raises:
             Problem: too much waits already.
         """
-        rows = len(question.rows)
-        if len(self._waiting) >= self._max_queue or (self._waiting and self._waiting_rows + rows > MOST_WAITING_ROWS):
-            raise Problem(OVERLOADED, f"{len(self._waiting)} requests wait already; try again later.")
+        rows = question.rows
+        self.check_room(rows)
         loop = asyncio.get_running_loop()
         waiting = _Waiting(question, predictor, loop.create_future())
         self._waiting.append(waiting)
@@ -58,6 +58,29 @@ class Batcher:
             # Not at once: requests that came in by the same turn of the loop join the pass.
             loop.call_soon(self._next_pass)
         return waiting.answer
+
+    def check_room(self, rows: int = 0) -> None:
+        """Whether a question of so many rows may wait.
+
+        Raises:
+            Problem: too much waits already.
+        """
+        if len(self._waiting) >= self._max_queue or (self._waiting and self._waiting_rows + rows > MOST_WAITING_ROWS):
+            raise Problem(OVERLOADED, f"{len(self._waiting)} requests wait already; try again later.")
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether what has just been asked waits for longer than this turn of the event loop."""
+        return self._in_thread or self._waiting_rows > INLINE_ROWS
+
+    def forget(self, answer: asyncio.Future[Answer]) -> None:
+        """Gives up a question: if it still waits, it is never answered and its place is free."""
+        answer.cancel()
+        for place, waiting in enumerate(self._waiting):
+            if waiting.answer is answer:
+                del self._waiting[place]
+                self._waiting_rows -= waiting.question.rows
+                return
 
     def close(self) -> None:
         """Waits for a pass that runs in the thread."""
@@ -75,7 +98,7 @@ class Batcher:
             loop.call_soon(self._next_pass)
             return
         questions = [waiting.question for waiting in asked]
-        if sum(len(question.rows) for question in questions) <= INLINE_ROWS:
+        if sum(question.rows for question in questions) <= INLINE_ROWS:
             try:
                 _settle(asked, predictor.answer(questions))
             except Exception as error:
@@ -84,6 +107,7 @@ class Batcher:
             return
 
         def done(future: asyncio.Future[list[Answer]]) -> None:
+            self._in_thread = False
             error = future.exception()
             if error is None:
                 _settle(asked, future.result())
@@ -91,6 +115,7 @@ class Batcher:
                 _fail(asked, error)
             self._next_pass()
 
+        self._in_thread = True
         loop.run_in_executor(self._thread, predictor.answer, questions).add_done_callback(done)
 
     def _take(self) -> list[_Waiting]:
@@ -100,9 +125,9 @@ class Batcher:
             if taken and self._waiting[0].predictor is not taken[0].predictor:
                 break
             waiting = self._waiting.popleft()
-            self._waiting_rows -= len(waiting.question.rows)
+            self._waiting_rows -= waiting.question.rows
             if not waiting.answer.done():  # a request that was given up is not answered
-                rows += len(waiting.question.rows)
+                rows += waiting.question.rows
                 taken.append(waiting)
         return taken
 

@@ -55,6 +55,12 @@ class ServiceMetrics:
             buckets=LATENCY_BUCKETS_S,
             registry=self.registry,
         )
+        self._keys = Counter(
+            f"{PREFIX}api_key_requests",
+            "Requests let in, by the name of their API key.",
+            ["key"],
+            registry=self.registry,
+        )
         self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.registry.register(ModelCollector(predictor))
 
@@ -69,6 +75,10 @@ class ServiceMetrics:
             )
         children[0].inc()
         children[1].observe(seconds)
+
+    def count_key(self, name: str) -> None:
+        """Counts one request that an API key let in."""
+        self._keys.labels(name).inc()
 
 
 class CountRequests:

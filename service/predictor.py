@@ -5,6 +5,7 @@ vector kernels treat the rows at the end of a tensor differently; so every tenso
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Final, NamedTuple, Self
 
 import msgspec
@@ -18,7 +19,7 @@ from trainer.errors import SnapshotError, TailstreamError
 from trainer.label_density import LabelGrid
 from trainer.model import Model, build_model, learned_prior, load_inference
 from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
-from trainer.schema import FeatureSchema, Row
+from trainer.schema import Columns, FeatureSchema, Row
 from trainer.snapshot import Manifest, Snapshot, SnapshotStore, check_fits
 
 PASS_MULTIPLE: Final = 64
@@ -35,10 +36,15 @@ class Asked(NamedTuple):
 
 
 class Question(NamedTuple):
-    """The rows of one request, and what is asked about them."""
+    """The features of one request's rows, and what is asked about them."""
 
-    rows: Sequence[Row]
+    columns: Columns
     asked: Asked
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return len(self.columns.numeric)
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -93,35 +99,40 @@ class Predictor:
     ) -> Predictive:
         """Answers for B rows, in label units."""
         with torch.inference_mode():
-            return self._answer(self._components(rows), len(rows), Asked(balance, interval, point))
+            columns = Columns(self._schema.numeric(rows), self._schema.categorical(rows))
+            return self._answer(self._components([columns]), len(rows), Asked(balance, interval, point))
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Answers several requests by one forward pass."""
         with torch.inference_mode():
-            components = self._components([row for question in questions for row in question.rows])
-            places: dict[Asked, list[int]] = {}  # of rows in the pass
+            components = self._components([question.columns for question in questions])
+            places: dict[Asked, list[range]] = {}  # in the pass
             start = 0
-            for rows, asked in questions:
-                places.setdefault(asked, []).extend(range(start, start + len(rows)))
-                start += len(rows)
-            answered = {
-                asked: _Lists(self._answer(_select(components, of) if len(places) > 1 else components, len(of), asked))
-                for asked, of in places.items()
-            }
+            for question in questions:
+                end = start + question.rows
+                places.setdefault(question.asked, []).append(range(start, end))
+                start = end
+            if len(places) == 1:
+                answered = {asked: _Lists(self._answer(components, start, asked)) for asked in places}
+            else:
+                answered = {
+                    asked: _Lists(self._answer(*_select(components, chain.from_iterable(of)), asked))
+                    for asked, of in places.items()
+                }
         return [
-            answered[asked].next(len(rows), balance=asked.balance, model_version=self.version)
-            for rows, asked in questions
+            answered[question.asked].next(question.rows, balance=question.asked.balance, model_version=self.version)
+            for question in questions
         ]
 
-    def _components(self, rows: Sequence[Row]) -> Components:
-        """The head's density for rows (B), and for the rows of missing values that fill up the pass."""
-        size = _padded(len(rows))
-        numeric = torch.full((size, len(self._schema.numeric_columns)), torch.nan)
-        categorical = torch.zeros((size, len(self._schema.buckets)), dtype=torch.int64)
-        if rows:
-            numeric[: len(rows)] = torch.from_numpy(self._schema.numeric(rows))
-            categorical[: len(rows)] = torch.from_numpy(self._schema.categorical(rows))
-        return self._model.components(self._model(numeric, categorical))
+    def _components(self, parts: Sequence[Columns]) -> Components:
+        """The head's density for all rows of the parts, and for the rows of missing values that fill up the pass."""
+        count = sum(len(part.numeric) for part in parts)
+        size = _padded(count)
+        numeric = np.full((size, len(self._schema.numeric_columns)), np.nan, dtype=np.float32)
+        categorical = np.zeros((size, len(self._schema.buckets)), dtype=np.int64)
+        np.concatenate([part.numeric for part in parts], out=numeric[:count])
+        np.concatenate([part.categorical for part in parts], out=categorical[:count])
+        return self._model.components(self._model(torch.from_numpy(numeric), torch.from_numpy(categorical)))
 
     def _levels(self, asked: Asked) -> tuple[float, float] | None:
         """The levels of the ends of the interval asked for, as what happened on the stream has calibrated them."""
@@ -188,14 +199,15 @@ def _padded(rows: int) -> int:
     return max(1, -(-rows // PASS_MULTIPLE)) * PASS_MULTIPLE
 
 
-def _select(components: Components, places: Iterable[int]) -> Components:
-    """The components of some rows, filled up to a multiple of 64 with those of row 0."""
+def _select(components: Components, places: Iterable[int]) -> tuple[Components, int]:
+    """The components of some rows, filled up to a multiple of 64 with those of row 0; and how many rows they are."""
     chosen = np.fromiter(places, dtype=np.int64)
     index = torch.from_numpy(np.pad(chosen, (0, _padded(len(chosen)) - len(chosen))))
-    return Components(
+    some = Components(
         components.log_weights[index],
         components.means[index],
         components.scales[index],
         components.label_mean,
         components.label_sd,
     )
+    return some, len(chosen)

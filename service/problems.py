@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 
 NOT_JSON: Final = Kind("not-json", HTTPStatus.BAD_REQUEST, "The body is not JSON")
 UNAUTHORIZED: Final = Kind("unauthorized", HTTPStatus.UNAUTHORIZED, "An API key is needed")
+SLOW_BODY: Final = Kind("slow-body", HTTPStatus.REQUEST_TIMEOUT, "The body took too long")
 TOO_LARGE: Final = Kind("too-large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body is too large")
 NOT_JSON_TYPE: Final = Kind(
     "unsupported-media-type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be application/json"
@@ -68,6 +69,8 @@ class Problem(Exception):
             headers["retry-after"] = str(RETRY_AFTER_S)
         if self.kind.status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
+        if self.kind.status == HTTPStatus.REQUEST_TIMEOUT:
+            headers["connection"] = "close"  # what comes later is not waited for
         document: dict[str, Any] = {
             "type": f"urn:tailstream:problem:{self.kind.name}",
             "title": self.kind.title,
@@ -87,11 +90,12 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
         401: "An API key is needed.",
         403: "A page of another site asks.",
         404: "The store keeps no such version.",
+        408: "The body took too long to arrive.",
         409: "The version is damaged, or of another model than the configuration describes.",
         413: "The body is too large.",
         415: "The body is of another type than JSON.",
         422: "The request does not fit; `errors` names the instance and the field.",
-        503: "There is no model, the store cannot be used, or too many requests wait.",
+        503: "There is no model, the store cannot be used, too many requests wait, or one waited too long.",
     }
     return {status: {"description": descriptions[status], "content": content} for status in statuses}
 
@@ -117,9 +121,15 @@ async def answer_invalid_parameter(request: Request, error: Exception) -> Respon
 
 async def answer_failure(request: Request, error: Exception) -> Response:
     """Handler for failures of our own: nothing of them is shown outside, the log has the rest."""
-    document = _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "The request failed; the service's log says why.")
+    response = failure_response()
     # The outermost handler answers outside the middleware that adds these to every other response.
-    return _respond(document, {name.decode(): value.decode() for name, value in SECURITY_HEADERS})
+    response.raw_headers.extend(SECURITY_HEADERS)
+    return response
+
+
+def failure_response() -> Response:
+    """What is said of a failure of our own."""
+    return _respond(_plain(HTTPStatus.INTERNAL_SERVER_ERROR, "The request failed; the service's log says why."), {})
 
 
 def _plain(status: HTTPStatus, detail: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from service.problems import INVALID, NOT_JSON, Fault, Problem
 from trainer.config import FeatureSettings, SchemaSettings, ServiceSettings
 from trainer.errors import RecordError
 from trainer.predictive import Point
-from trainer.schema import FLOAT32_MAX, FeatureSchema, Row, explain
+from trainer.schema import FLOAT32_MAX, Columns, FeatureSchema, explain
 
 # Beyond these the two ends of an interval are no longer different 64-bit floats, or no longer inside (0, 1).
 NARROWEST_INTERVAL: Final = 1e-6
@@ -28,7 +28,7 @@ SCALAR: Final[Any] = str | float | bool
 
 
 def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callable[[bytes], Question]:
-    """A function from a request's body to rows and what is asked about them.
+    """A function from a request's body to columns and what is asked about them.
 
     The body is an object with `instances`, or one bare record, which has none. The function raises a Problem where the
     body is not JSON, or does not fit; it names the instance and the field.
@@ -48,14 +48,14 @@ def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callab
         forbid_unknown_fields=True,
     )
     decode_request = msgspec.json.Decoder(request_type).decode
-    row = schema.row
     probe = msgspec.json.Decoder(_Probe).decode
     alone = Asked(settings.default_balance)
 
     def bare(body: bytes, refusal: Exception) -> Question:
         try:
             if isinstance(refusal, msgspec.ValidationError) and probe(body).instances is msgspec.UNSET:
-                return Question([schema.decode_instance(body)], alone)
+                row = [schema.decode_instance(body)]
+                return Question(Columns(schema.numeric(row), schema.categorical(row)), alone)
         except msgspec.ValidationError:
             pass  # not even an object
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -69,12 +69,11 @@ def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callab
             request: Any = decode_request(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return bare(body, error)
-        rows: list[Row] = []
         try:
-            rows.extend(map(row, request.instances))
+            columns = schema.columns(request.instances)
         except RecordError as fault:
-            raise _problem(fault, fault.field, len(rows)) from None
-        return Question(rows, Asked(request.balance, request.interval, request.point))
+            raise _problem(fault, fault.field, fault.instance) from None
+        return Question(columns, Asked(request.balance, request.interval, request.point))
 
     return decode
 

@@ -259,6 +259,7 @@ class ServiceSettings(_Table):
     api_keys_file: str = Field(
         default="", description="File of API keys, one `name:key` a line; without one only loopback may be bound."
     )
+    metrics_need_key: bool = Field(default=False, description="Ask for an API key at `/metrics` too.")
     allow_unauthenticated: bool = Field(
         default=False, description="Allow binding other addresses than loopback without API keys."
     )
@@ -268,6 +269,11 @@ class ServiceSettings(_Table):
     )
     max_body_bytes: int = Field(default=8 << 20, ge=1024, description="Largest request body; past it 413.")
     max_instances: int = Field(default=4096, ge=1, description="Most instances a request; past it 422.")
+    request_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Longest time for a body to arrive (else 408), and then for its answer (else 503).",
+    )
     max_queue: int = Field(default=1024, ge=1, description="Most requests waiting; past it 503 with Retry-After.")
 
 

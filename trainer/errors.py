@@ -40,7 +40,10 @@ class RecordError(TailstreamError):
     Attributes:
         reason: a short word for metrics, for instance `not_json`.
         field: dotted path of the field at fault, or "" for the record as a whole.
+        instance: the record's place, from 0, where several were read at once; else None.
     """
+
+    instance: int | None = None
 
     def __init__(self, reason: str, message: str, field: str = "") -> None:
         super().__init__(message)

@@ -5,7 +5,7 @@ Trainer and service decode with the same `FeatureSchema`, so what is predicted i
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
 from typing import Annotated, Any, Final, NamedTuple
@@ -44,6 +44,13 @@ class Row(NamedTuple):
     time_s: float | None  # event time, seconds since the epoch
 
 
+class Columns(NamedTuple):
+    """The features of B records, in columns."""
+
+    numeric: NDArray[np.float32]  # (B, F), NaN where missing
+    categorical: NDArray[np.int64]  # (B, C) buckets, 0 where missing
+
+
 class FeatureSchema:
     """Decodes records and arranges their features in columns.
 
@@ -62,9 +69,10 @@ class FeatureSchema:
         self.categorical_columns = tuple(name for name, f in kinds.items() if f.kind == "categorical")
         self.buckets = tuple(kinds[name].buckets or category_buckets for name in self.categorical_columns)
         self.numeric_columns = tuple(column for name, f in kinds.items() for column in _columns(name, f))
-        self._record_type, self._get = _compile(settings, labelled=True)
-        self.instance_type, self._get_unlabelled = _compile(settings, labelled=False)
-        self._decode_record = msgspec.json.Decoder(self._record_type).decode
+        record = _compile(settings, labelled=True)
+        self._instance = _compile(settings, labelled=False)
+        self._get, self._get_unlabelled, self.instance_type = record.get, self._instance.get, self._instance.type
+        self._decode_record = msgspec.json.Decoder(record.type).decode
         self._decode_instance = msgspec.json.Decoder(self.instance_type).decode
         self._plain = all(f.kind in ("numeric", "boolean", "categorical") for f in kinds.values())
         self._wide = [(name, f.kind) for name, f in kinds.items() if f.kind != "categorical"]
@@ -106,6 +114,29 @@ class FeatureSchema:
             RecordError: with reason `not_finite`, or `wrong_type` for a timestamp that is none.
         """
         return self._row(self._get_unlabelled(instance))
+
+    def columns(self, instances: Sequence[Any]) -> Columns:
+        """The features of objects of `instance_type`, as `row` has them, by few steps an instance.
+
+        Raises:
+            RecordError: as `row` does; its `instance` is the place of the one at fault.
+        """
+        count = len(instances)
+        numeric = self._instance.numeric(instances)
+        if not self._plain:
+            try:
+                numeric = [self._widen(values) for values in numeric]
+            except RecordError as error:
+                raise self._first_fault(instances) from error
+        values = np.array(numeric, dtype=np.float64).reshape(count, len(self.numeric_columns))
+        if np.count_nonzero(np.abs(values) > FLOAT32_MAX):
+            raise self._first_fault(instances)
+        buckets = [
+            self._buckets(feature, column)
+            for feature, column in enumerate(zip(*self._instance.categorical(instances), strict=True))
+        ]
+        categorical = np.array(buckets, dtype=np.int64).reshape(len(self.buckets), count).T
+        return Columns(values.astype(np.float32), categorical)
 
     def numeric(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Numeric features of rows, (B, F), NaN where missing."""
@@ -159,10 +190,24 @@ class FeatureSchema:
             name = self.settings.label
             raise RecordError("not_finite", f"the label {name!r} is {label!r}: too large for a 32-bit float", name)
         buckets = tuple(
-            cache[value] if type(value) is str and value in cache else self._bucket(feature, value)
+            (type(value) is str and cache.get(value)) or self._bucket(feature, value)
             for feature, (value, cache) in enumerate(zip(categorical, self._caches, strict=True))
         )
         return Row(numeric, buckets, math.nan if label is None else label, _seconds(time))
+
+    def _first_fault(self, instances: Sequence[Any]) -> RecordError:
+        for place, instance in enumerate(instances):
+            try:
+                self.row(instance)
+            except RecordError as error:
+                error.instance = place
+                return error
+        raise AssertionError("what does not fit in columns does not fit in rows")
+
+    def _buckets(self, feature: int, values: Iterable[Scalar]) -> list[int]:
+        seen = self._caches[feature].get
+        # Most are texts seen before; no bucket of these is 0.
+        return [(type(value) is str and seen(value)) or self._bucket(feature, value) for value in values]
 
     def _bucket(self, feature: int, value: Scalar) -> int:
         if value is None:
@@ -226,8 +271,16 @@ def _columns(name: str, feature: FeatureSettings) -> list[str]:
             return [name]
 
 
-def _compile(settings: SchemaSettings, *, labelled: bool) -> tuple[type[Any], Callable[[Any], tuple[Any, ...]]]:
-    """A msgspec type for the record, and a function from its objects to (label, time, numeric, categorical)."""
+class _Compiled(NamedTuple):
+    """A msgspec type for the record, and functions from its objects to values by kind."""
+
+    type: type[Any]
+    get: Callable[[Any], tuple[Any, ...]]  # label, time, numeric, categorical
+    numeric: Callable[[Sequence[Any]], list[tuple[Any, ...]]]
+    categorical: Callable[[Sequence[Any]], list[tuple[Any, ...]]]
+
+
+def _compile(settings: SchemaSettings, *, labelled: bool) -> _Compiled:
     leaves: dict[str, Any] = {}
     if settings.time:
         leaves[settings.time] = LEAF_TYPES["time"]
@@ -266,15 +319,30 @@ def _compile(settings: SchemaSettings, *, labelled: bool) -> tuple[type[Any], Ca
 
         return get
 
-    numeric = getter([name for name, f in settings.features.items() if f.kind != "categorical"])
-    categorical = getter([name for name, f in settings.features.items() if f.kind == "categorical"])
+    def getter_of_many(paths: Sequence[str]) -> Callable[[Sequence[Any]], list[tuple[Any, ...]]]:
+        get = getter(paths)
+        if len(paths) < 2:  # attrgetter gives a bare value then
+            return lambda records: list(map(get, records))
+        fast = attrgetter(*(attributes[path] for path in paths))
+
+        def get_many(records: Sequence[Any]) -> list[tuple[Any, ...]]:
+            try:
+                return list(map(fast, records))
+            except AttributeError:  # a parent object is null
+                return list(map(get, records))
+
+        return get_many
+
+    of_numbers = [name for name, f in settings.features.items() if f.kind != "categorical"]
+    of_categories = [name for name, f in settings.features.items() if f.kind == "categorical"]
+    numeric, categorical = getter(of_numbers), getter(of_categories)
     label = getter([settings.label] if labelled else [])
     time = getter([settings.time] if settings.time else [])
 
     def get(record: Any) -> tuple[Any, ...]:
         return (*(label(record) or (None,)), *(time(record) or (None,)), numeric(record), categorical(record))
 
-    return record_type, get
+    return _Compiled(record_type, get, getter_of_many(of_numbers), getter_of_many(of_categories))
 
 
 def _struct(name: str, table: dict[str, Any], path: str, attribute: str, attributes: dict[str, str]) -> type[Any]:

@@ -11,7 +11,7 @@ from service.predictor import Predictor
 from trainer.batching import PartitionProgress
 from trainer.calibration import LevelCalibration
 from trainer.config import Settings
-from trainer.label_density import LabelDensity
+from trainer.label_density import LabelDensity, LabelGrid
 from trainer.model import Model, build_model
 from trainer.schema import FeatureSchema
 from trainer.snapshot import Manifest, Sample, Snapshot, SnapshotStore
@@ -84,17 +84,22 @@ def fitted(settings: Settings, seed: int) -> tuple[Model, dict[str, Tensor]]:
         numeric = torch.from_numpy(schema.numeric(records))
         categorical = torch.from_numpy(schema.categorical(records))
         label = 2 * numeric[:, 0].nan_to_num(5.0) + 10 * torch.randn(320) + seed
-        model.observe(numeric, label)
-        optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
-        for _ in range(20):
-            optimiser.zero_grad()
-            density = model.components(model(numeric, categorical))
-            offsets = (model.labels.standardise(label)[:, None] - density.means) / density.scales
-            (-(density.log_weights - density.scales.log() - offsets.square() / 2).logsumexp(1).mean()).backward()
-            optimiser.step()
-        labels = LabelDensity()
-        labels.observe(label)
-        return model, labels.grid().to_tensors()
+        return model, fit(model, numeric, categorical, label).to_tensors()
+
+
+def fit(model: Model, numeric: Tensor, categorical: Tensor, label: Tensor) -> LabelGrid:
+    """A few steps on rows (B, F), (B, C) and labels (B,); returns the density of the labels."""
+    model.observe(numeric, label)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(20):
+        optimiser.zero_grad()
+        density = model.components(model(numeric, categorical))
+        offsets = (model.labels.standardise(label)[:, None] - density.means) / density.scales
+        (-(density.log_weights - density.scales.log() - offsets.square() / 2).logsumexp(1).mean()).backward()
+        optimiser.step()
+    labels = LabelDensity()
+    labels.observe(label)
+    return labels.grid()
 
 
 def write_snapshot(

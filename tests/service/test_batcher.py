@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from service import batcher as batcher_module
@@ -13,9 +14,11 @@ from service.predictor import Answer, Asked, Predictor, Question
 from service.problems import OVERLOADED, Problem
 from tests.service.conftest import running
 from tests.service.store import in_process, instance, make_settings, write_snapshot
-from trainer.schema import Row
+from trainer.schema import Columns
 
-ROW = Row((None,) * 12, (0,), float("nan"), None)
+
+def question(rows: int = 1) -> Question:
+    return Question(Columns(np.full((rows, 12), np.nan, np.float32), np.zeros((rows, 1), np.int64)), Asked(0.5))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_what_waits_is_one_pass(predictor: Predictor, rows: int) -> None:
     async def ask() -> list[Answer]:
         batcher = batcher_of(passes)
         try:
-            return await asyncio.gather(*(batcher.ask(Question([ROW] * rows, Asked(0.5))) for _ in range(7)))
+            return await asyncio.gather(*(batcher.ask(question(rows)) for _ in range(7)))
         finally:
             batcher.close()
 
@@ -62,8 +65,8 @@ def test_a_pass_takes_no_more_than_its_limit(predictor: Predictor) -> None:
 
     async def ask() -> None:
         batcher = batcher_of(passes)
-        rows = [ROW] * (batcher_module.PASS_ROWS // 2)
-        await asyncio.gather(*(batcher.ask(Question(rows, Asked(0.5))) for _ in range(5)))
+        rows = batcher_module.PASS_ROWS // 2
+        await asyncio.gather(*(batcher.ask(question(rows)) for _ in range(5)))
         batcher.close()
 
     asyncio.run(ask())
@@ -73,27 +76,29 @@ def test_a_pass_takes_no_more_than_its_limit(predictor: Predictor) -> None:
 def test_past_the_queue_requests_are_refused_and_the_others_answered(predictor: Predictor) -> None:
     async def ask() -> None:
         batcher = batcher_of(predictor, max_queue=3)
-        accepted = [batcher.ask(Question([ROW], Asked(0.5))) for _ in range(3)]
+        accepted = [batcher.ask(question()) for _ in range(3)]
         for _ in range(7):
             with pytest.raises(Problem) as refused:
-                batcher.ask(Question([ROW], Asked(0.5)))
+                batcher.ask(question())
             assert refused.value.kind == OVERLOADED
         await asyncio.gather(*accepted)
         assert len(batcher) == 0
-        await batcher.ask(Question([ROW], Asked(0.5)))  # there is room again
+        await batcher.ask(question())  # there is room again
         batcher.close()
 
     asyncio.run(ask())
 
 
 def test_rows_are_bounded_too(predictor: Predictor) -> None:
-    question = Question([ROW] * batcher_module.PASS_ROWS, Asked(0.5))
+    whole_pass = question(batcher_module.PASS_ROWS)
 
     async def ask() -> None:
         batcher = batcher_of(predictor)
-        accepted = [batcher.ask(question) for _ in range(batcher_module.MOST_WAITING_ROWS // batcher_module.PASS_ROWS)]
+        accepted = [
+            batcher.ask(whole_pass) for _ in range(batcher_module.MOST_WAITING_ROWS // batcher_module.PASS_ROWS)
+        ]
         with pytest.raises(Problem):
-            batcher.ask(question)
+            batcher.ask(whole_pass)
         for future in accepted[1:]:
             future.cancel()
         await accepted[0]
@@ -114,8 +119,8 @@ def test_a_failing_pass_fails_its_requests_alone(predictor: Predictor, rows: int
     async def ask() -> None:
         batcher = batcher_of(FailsFirst(predictor))
         with pytest.raises(ArithmeticError):
-            await batcher.ask(Question([ROW] * rows, Asked(0.5)))
-        assert len((await batcher.ask(Question([ROW], Asked(0.5)))).predictions) == 1
+            await batcher.ask(question(rows))
+        assert len((await batcher.ask(question())).predictions) == 1
         batcher.close()
 
     asyncio.run(ask())

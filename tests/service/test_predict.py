@@ -18,7 +18,7 @@ from tests.service.store import in_process, instance, make_settings, write_snaps
 from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.predictive import Predictive
-from trainer.schema import FeatureSchema, Row
+from trainer.schema import Columns, FeatureSchema, Row
 
 ASKED = [
     {"balance": 0.0},
@@ -120,17 +120,21 @@ def test_concurrent_requests_do_not_touch_each_other(
     )
 )
 def test_an_answer_depends_on_nothing_else_in_the_pass(
-    predictor: Predictor, rows: list[Row], parts: list[tuple[int, int, Asked]]
+    settings: Settings, predictor: Predictor, rows: list[Row], parts: list[tuple[int, int, Asked]]
 ) -> None:
-    questions = [Question([rows[(start + k) % 200] for k in range(count)], asked) for start, count, asked in parts]
+    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+
+    def question(numbers: list[int], asked: Asked) -> Question:
+        some = [rows[number % 200] for number in numbers]
+        return Question(Columns(schema.numeric(some), schema.categorical(some)), asked)
+
+    numbers = [list(range(start, start + count)) for start, count, _ in parts]
+    questions = [question(own, asked) for own, (_, _, asked) in zip(numbers, parts, strict=True)]
     together = predictor.answer(questions)
     assert together == [predictor.answer([question])[0] for question in questions]
-    for question, answer in zip(questions, together, strict=True):
-        assert (
-            answer.predictions
-            == [predictor.answer([Question([r], question.asked)])[0].predictions[0] for r in question.rows[:3]]
-            + answer.predictions[3:]
-        )
+    for own, (_, _, asked), answer in zip(numbers, parts, together, strict=True):
+        alone = [predictor.answer([question([number], asked)])[0].predictions[0] for number in own[:3]]
+        assert answer.predictions == alone + answer.predictions[3:]
 
 
 def test_a_bare_record_is_answered_like_one_instance(client: httpx.Client) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -118,6 +119,11 @@ def test_any_record_of_valid_fields_decodes_to_its_own_numbers(
     row = schema.decode(encode(record))
     assert row.label == float(record["y"])
     np.testing.assert_array_equal(schema.numeric([row]), np.array([numeric], dtype=np.float32))
+    instances = [msgspec.json.decode(encode(other), type=schema.instance_type) for other in (record, {}, record)]
+    columns = schema.columns(instances)
+    rows = [schema.row(instance) for instance in instances]
+    np.testing.assert_array_equal(columns.numeric, schema.numeric(rows))
+    np.testing.assert_array_equal(columns.categorical, schema.categorical(rows))
     for bucket, size, text in zip(row.categorical, schema.buckets, categories, strict=True):
         assert (bucket == 0) == (text is None)
         assert 0 <= bucket < size

@@ -1,0 +1,274 @@
+"""POST /predict: from a request's bytes to the answer's, by few steps, as this is what a service does all day."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Final
+from urllib.parse import parse_qs
+
+import msgspec
+import structlog
+from fastapi import FastAPI, Query, Response
+from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
+from starlette.types import Receive, Scope, Send
+
+from service.auth import Keys
+from service.batcher import Batcher
+from service.metrics import ServiceMetrics
+from service.predictor import Answer, Predictor, Question
+from service.problems import (
+    INVALID,
+    NOT_JSON_TYPE,
+    NOT_READY,
+    OVERLOADED,
+    SLOW_BODY,
+    TOO_LARGE,
+    Fault,
+    Problem,
+    described,
+    failure_response,
+)
+from service.schemas import PredictResponse, request_model
+from service.security import SECURITY_HEADERS
+from service.versions import LARGEST_VERSION, VersionNumber, Versions
+from service.watcher import Watcher
+from trainer.config import ServiceSettings, Settings
+
+PATH: Final = "/predict"
+CLIENT_LEFT: Final = 499  # in the metrics alone: nobody is there to be answered
+INLINE_BYTES: Final = (
+    65536  # decoding takes about 10 ns a byte; longer bodies do not keep the event loop from the others
+)
+MOST_BODIES: Final = 16  # of the largest size, that may be in memory while they are read and decoded
+_VERSION: Final = TypeAdapter[int](VersionNumber)
+_HEADERS: Final = [(b"content-type", b"application/json"), *SECURITY_HEADERS]
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Service(FastAPI):
+    """The application, with a way of its own for POST /predict.
+
+    The framework's layers around a route cost several times what the answer does.
+
+    Attributes:
+        predict: answers POST /predict.
+    """
+
+    predict: "PredictEndpoint"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] == "http" and scope["path"] == PATH and scope["method"] == "POST":
+            await self.predict(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+class PredictEndpoint:
+    """Checks, reads, decodes, asks, answers and counts.
+
+    Args:
+        watcher: has the model.
+        batcher: joins requests.
+        versions: has the models that a request may name instead.
+        decode: reads a body.
+        keys: who may ask; None for everybody.
+        settings: the limits.
+        metrics: counts requests and instances.
+    """
+
+    def __init__(
+        self,
+        watcher: Watcher,
+        batcher: Batcher,
+        versions: Versions,
+        decode: Callable[[bytes], Question],
+        keys: Keys | None,
+        settings: ServiceSettings,
+        metrics: ServiceMetrics,
+    ) -> None:
+        self._watcher = watcher
+        self._batcher = batcher
+        self._versions = versions
+        self._decode = decode
+        self._keys = keys
+        self._max_body_bytes = settings.max_body_bytes
+        self._timeout_s = settings.request_timeout_s
+        self._metrics = metrics
+        self._held_bytes = 0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+
+    def close(self) -> None:
+        """Waits for what is being decoded."""
+        self._thread.shutdown()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        start = time.perf_counter()
+        status = 500
+        try:
+            answer = await self._answer(scope, receive)
+            if answer is None:
+                status = CLIENT_LEFT
+                return
+            status = 200
+            headers = [*_HEADERS, (b"content-length", b"%d" % len(answer))]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": answer})
+        except Problem as problem:
+            status = problem.kind.status
+            await _respond(problem.response(), scope, receive, send)
+        except Exception:
+            log.exception("a prediction failed")
+            await _respond(failure_response(), scope, receive, send)
+        finally:
+            self._metrics.observe(PATH, "POST", status, time.perf_counter() - start)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The answer's body; None if the client left."""
+        headers = scope["headers"]
+        if self._keys is not None:
+            self._metrics.count_key(self._keys.check(headers))
+        version = _asked_version(scope["query_string"]) if scope["query_string"] else None
+        if version is None and self._watcher.predictor is None:
+            raise Problem(NOT_READY, f"There is no model yet: {self._watcher.trouble}.")
+        self._check(headers)
+        body = await self._read(receive)
+        if body is None:
+            return None
+        question = await self._question(body)
+        predictor = None if version is None else await self._predictor(version)
+        answer = await self._ask(question, predictor, receive)
+        if answer is None:
+            return None
+        self._metrics.predictions.inc(question.rows)
+        return msgspec.json.encode(answer)
+
+    def _check(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Refuses what need not be read."""
+        self._batcher.check_room()
+        for name, value in headers:
+            if name == b"content-type" and not _is_json(value):
+                raise Problem(NOT_JSON_TYPE, f"The Content-Type is {value.decode('latin-1')!r}.")
+            if name == b"content-encoding" and value.lower() != b"identity":
+                raise Problem(NOT_JSON_TYPE, f"The Content-Encoding is {value.decode('latin-1')!r}; send it as it is.")
+            if name == b"content-length" and int(value) > self._max_body_bytes:
+                raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body, None if the client left before its end; stops at the limit, whatever a header said."""
+        parts = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                message = await receive()
+                body: bytes = message.get("body", b"")
+                if not message.get("more_body"):
+                    if len(body) > self._max_body_bytes:
+                        raise self._too_large()
+                    return None if message["type"] == "http.disconnect" else body
+                while True:
+                    part: bytes = message.get("body", b"")
+                    parts += part
+                    self._held_bytes += len(part)
+                    if len(parts) > self._max_body_bytes:
+                        raise self._too_large()
+                    if self._held_bytes > MOST_BODIES * self._max_body_bytes:
+                        raise Problem(OVERLOADED, "Too many large bodies are being read; try again later.")
+                    if not message.get("more_body"):
+                        return None if message["type"] == "http.disconnect" else bytes(parts)
+                    message = await receive()
+        except TimeoutError:
+            raise Problem(SLOW_BODY, f"The body did not arrive within {self._timeout_s:g} s.") from None
+        finally:
+            self._held_bytes -= len(parts)
+
+    async def _question(self, body: bytes) -> Question:
+        if len(body) <= INLINE_BYTES:
+            return self._decode(body)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, body)
+
+    async def _predictor(self, version: int) -> Predictor:
+        current = self._watcher.predictor
+        if current is not None and current.version == version:
+            return current
+        return await self._versions.predictor(version)
+
+    async def _ask(self, question: Question, predictor: Predictor | None, receive: Receive) -> Answer | None:
+        """The answer; None if the client left before it came."""
+        answer = self._batcher.ask(question, predictor)
+        if not self._batcher.is_behind:
+            return await answer
+        left = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((answer, left), timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+            if not answer.done():
+                self._batcher.forget(answer)
+        if not answer.cancelled():
+            return answer.result()
+        if left.done() and not left.cancelled():
+            return None
+        raise Problem(OVERLOADED, f"There was no answer within {self._timeout_s:g} s; try again later.")
+
+    def _too_large(self) -> Problem:
+        return Problem(TOO_LARGE, f"A body may have {self._max_body_bytes} bytes; send fewer instances at a time.")
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _respond(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
+    response.raw_headers.extend(SECURITY_HEADERS)
+    await response(scope, receive, send)
+
+
+def _asked_version(query: bytes) -> int | None:
+    """The version that a query names, None where it names none; other parameters are ignored."""
+    values = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("version")
+    if values is None:
+        return None
+    try:
+        return _VERSION.validate_python(values[0] if len(values) == 1 else values)
+    except ValidationError as error:
+        fault = Fault(error.errors()[0]["msg"], "query.version")
+        raise Problem(INVALID, f"{fault.field}: {fault.detail}", [fault]) from None
+
+
+def _is_json(content_type: bytes) -> bool:
+    if content_type == b"application/json":
+        return True
+    media_type = content_type.partition(b";")[0].strip().lower()
+    return media_type == b"application/json" or media_type.endswith(b"+json")
+
+
+def predict_route(settings: Settings) -> APIRoute:
+    """POST /predict as the API's description has it, and other methods' 405."""
+    body_type = request_model(settings.record_schema, settings.service)
+
+    def predict(
+        body: body_type,  # type: ignore[valid-type]
+        # Optional, but never null: a query has no null.
+        version: Annotated[
+            int,  # noqa: RUF013
+            Query(ge=1, le=LARGEST_VERSION, description="Answer by this kept version instead of the one in use."),
+        ] = None,  # type: ignore[assignment]
+    ) -> PredictResponse:
+        """Predicts the label of one record, or of many in `instances`, all by the same version of the model."""
+        raise NotImplementedError("the endpoint answers")
+
+    return APIRoute(
+        PATH,
+        predict,
+        methods=["POST"],
+        operation_id="predict",
+        summary="Predict labels",
+        tags=["predict"],
+        response_model=PredictResponse,
+        responses=described(400, 401, 404, 408, 409, 413, 415, 422, 503),
+    )

@@ -1,0 +1,88 @@
+"""Requests a second and the 99th percentile of all servers side by side, in rounds that take turns."""
+
+import importlib.util
+import statistics
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from service.broker import free_port
+from tests.benchmarks.serve.net import body, write_config
+from tests.benchmarks.serve.processes import Load, on_one_core, python, wrk
+
+CLIENTS = (16, 64)
+MANY = 1000
+
+
+class Measured(NamedTuple):
+    """One server under one sort of load."""
+
+    server: str
+    clients: int
+    instances: int
+
+
+def measure(folder: Path, rounds: int, seconds: int) -> list[dict[str, Any]]:
+    """A run for each server and load, the median of the rounds."""
+    single, many = body(1), body(MANY)
+    ports = {name: free_port() for name in ("tailstream", "tailstream-gaussian", "echo", "forward", "litserve")}
+    commands = {
+        "tailstream": python(
+            "-m", "service", "serve", "--config", str(write_config(folder / "m", ports["tailstream"]))
+        ),
+        "tailstream-gaussian": python(
+            "-m",
+            "service",
+            "serve",
+            "--config",
+            str(write_config(folder / "g", ports["tailstream-gaussian"], head="gaussian")),
+        ),
+        **{name: python("-m", "tests.benchmarks.serve.rivals", name, str(ports[name])) for name in ("echo", "forward")},
+    }
+    if importlib.util.find_spec("litserve") is None:
+        print("litserve is left out, as it is not installed: pip install litserve")
+    else:
+        commands["litserve"] = python("-m", "tests.benchmarks.serve.lit", str(ports["litserve"]))
+    # In batches ours is asked for an interval at any balance, the gaussian head at the balance that it is trained at.
+    bodies = {
+        "tailstream": {1: single, MANY: body(MANY, balance=0.3, interval=0.9)},
+        "tailstream-gaussian": {MANY: body(MANY, balance=1.0)},
+    }
+    loads = [
+        Measured(name, clients, instances)
+        for instances in (1, MANY)
+        for clients in CLIENTS
+        for name in commands
+        if instances in bodies.get(name, (1, MANY))
+    ]
+    found: dict[Measured, list[Load]] = {load: [] for load in loads}
+    with ExitStack() as running:
+        for name, command in commands.items():
+            running.enter_context(on_one_core(command, ports[name], folder / f"{name}.log"))
+        for turn in range(rounds + 1):
+            for load in loads:
+                sent = bodies.get(load.server, {1: single, MANY: many})[load.instances]
+                # The first round warms up and is not counted.
+                result = wrk(ports[load.server], sent, load.clients, seconds if turn else 1)
+                if result.failed:
+                    raise SystemExit(f"{load} failed {result.failed} times; see {folder / load.server}.log")
+                if turn:
+                    found[load].append(result)
+    return [
+        {
+            **load._asdict(),
+            "requests_per_s": statistics.median(result.requests_per_s for result in results),
+            "p99_ms": statistics.median(result.p99_ms for result in results),
+        }
+        for load, results in found.items()
+    ]
+
+
+def ratio(runs: list[dict[str, Any]], ours: str, theirs: str, clients: int, instances: int) -> float:
+    """How many times the requests a second of another server."""
+    rates = {
+        run["server"]: run["requests_per_s"]
+        for run in runs
+        if (run["clients"], run["instances"]) == (clients, instances)
+    }
+    return float(rates[ours] / rates[theirs])
