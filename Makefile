@@ -17,7 +17,7 @@ bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-synthetic chaos faults fuzz soak test-compose up down clean
+.PHONY: help install demo test check format bench bench-bmc bench-serve bench-synthetic chaos faults fuzz soak test-compose up down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -46,10 +46,13 @@ format: install ## Format the code
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
 
-bench: bench-bmc bench-synthetic ## Run the benchmarks
+bench: bench-bmc bench-synthetic bench-serve ## Run the benchmarks
 
 bench-bmc: install ## Time, memory and error of the BMC loss (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.bmc $(json)
+
+bench-serve: install ## POST /predict beside an echo, under overload, training and swaps (JSON=FILE); needs wrk
+	$(bin)/python -m tests.benchmarks.serve $(json)
 
 bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.synthetic $(json)

@@ -83,3 +83,22 @@ def test_loopback_needs_no_key(host: str) -> None:
 def test_a_host_that_is_no_address_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"service\.host"):
         check_reach(ServiceSettings(host="no such host"))
+
+
+def test_requests_are_counted_by_the_name_of_their_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(KEYS)
+    settings = make_settings(tmp_path / "store", api_keys_file=str(tmp_path / "keys"), metrics_need_key=True)
+    write_snapshot(settings)
+    with running(settings) as client:
+        for key, path in (("a-long-key-1", "/predict"), ("with:colon", "/predict"), ("wrong", "/predict")):
+            client.post(path, json=instance(0), headers={"X-API-Key": key})
+        client.get("/model", headers={"X-API-Key": "with:colon"})
+        assert client.get("/metrics").status_code == 401
+        text = client.get("/metrics", headers={"X-API-Key": "a-long-key-1"}).text
+        operation = client.get("/openapi.json").json()["paths"]["/metrics"]["get"]
+    counted = [line for line in text.splitlines() if line.startswith("tailstream_api_key_requests_total")]
+    assert counted == [
+        'tailstream_api_key_requests_total{key="alice"} 2.0',
+        'tailstream_api_key_requests_total{key="bob"} 2.0',
+    ]
+    assert operation["security"]

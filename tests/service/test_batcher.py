@@ -1,8 +1,12 @@
 """Requests that wait are answered together; too many are refused, not stalled."""
 
 import asyncio
-from collections.abc import Sequence
+import json
+import socket
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -12,7 +16,7 @@ from service import batcher as batcher_module
 from service.batcher import Batcher
 from service.predictor import Answer, Asked, Predictor, Question
 from service.problems import OVERLOADED, Problem
-from tests.service.conftest import running
+from tests.service.conftest import running, until
 from tests.service.store import in_process, instance, make_settings, write_snapshot
 from trainer.schema import Columns
 
@@ -33,11 +37,11 @@ class Passes:
 
     def __init__(self, predictor: Predictor) -> None:
         self.sizes: list[int] = []
-        self._predictor = predictor
+        self._answer = predictor.answer
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         self.sizes.append(len(questions))
-        return self._predictor.answer(questions)
+        return self._answer(questions)
 
 
 def batcher_of(predictor: object, max_queue: int = 1000) -> Batcher:
@@ -124,6 +128,89 @@ def test_a_failing_pass_fails_its_requests_alone(predictor: Predictor, rows: int
         batcher.close()
 
     asyncio.run(ask())
+
+
+class Held(Passes):
+    """A model whose passes end when they are let go."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__(predictor)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        self.begun.set()
+        assert self.go.wait(20)
+        return super().answer(questions)
+
+
+def test_what_was_given_up_is_in_no_pass_and_takes_no_place(predictor: Predictor) -> None:
+    passes = Held(predictor)
+
+    async def ask() -> None:
+        batcher = batcher_of(passes, max_queue=2)
+        first = batcher.ask(question(batcher_module.INLINE_ROWS + 1))
+        await asyncio.to_thread(passes.begun.wait)
+        given_up, kept = batcher.ask(question(3)), batcher.ask(question(5))
+        assert batcher.is_behind
+        batcher.forget(given_up)
+        assert len(batcher) == 1
+        also = batcher.ask(question(7))
+        passes.go.set()
+        assert [len((await answer).predictions) for answer in (first, kept, also)] == [257, 5, 7]
+        assert given_up.cancelled()
+        assert passes.sizes == [1, 2]
+        batcher.close()
+
+    asyncio.run(ask())
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[httpx.Client, Held]]:
+    """A service whose model holds every pass until it is let go."""
+    settings = make_settings(tmp_path / "store", request_timeout_s=0.5)
+    write_snapshot(settings)
+    held = Held(in_process(settings, 1))
+    monkeypatch.setattr(Predictor, "answer", lambda self, questions: held.answer(questions))
+    try:
+        with running(settings) as client:
+            yield client, held
+    finally:
+        held.go.set()
+
+
+def many() -> dict[str, Any]:
+    return {"instances": [instance(i) for i in range(batcher_module.INLINE_ROWS + 1)]}
+
+
+def test_a_request_that_waits_too_long_is_503(held: tuple[httpx.Client, Held]) -> None:
+    client, passes = held
+    response = client.post("/predict", json=many())
+    assert response.status_code == 503
+    assert "0.5 s" in response.json()["detail"]
+    assert "retry-after" in response.headers
+    passes.go.set()
+    assert client.post("/predict", json=many()).status_code == 200
+
+
+def test_a_client_that_left_is_dropped_from_the_queue(held: tuple[httpx.Client, Held]) -> None:
+    client, passes = held
+    body = json.dumps(many()).encode()
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    def queue_length() -> float:
+        text = client.get("/metrics").text
+        return float(text.split("\ntailstream_predict_queue_length ")[1].split()[0])
+
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as first:
+        first.sendall(head + body)
+        assert passes.begun.wait(20)
+        with socket.create_connection((client.base_url.host, client.base_url.port)) as second:
+            second.sendall(head + body)
+            until(lambda: queue_length() == 1)
+        until(lambda: queue_length() == 0)
+        assert passes.sizes == []  # it went while the first pass was still held
+        passes.go.set()
+    until(lambda: 'status="499"' in client.get("/metrics").text)
 
 
 def test_overload_over_http_is_503_with_retry_after(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.service.conftest import running
 from tests.service.store import instance, make_settings, write_snapshot
 from trainer.config import Settings
 
@@ -124,6 +126,18 @@ def test_ten_megabytes_in_chunks_are_413(client: httpx.Client) -> None:
 
     problem(client.post("/predict", content=chunks()), 413)
     assert sent  # it was sent without a Content-Length
+
+
+def test_a_slow_body_is_cut_off(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path, request_timeout_s=0.05)
+    write_snapshot(settings)
+    with running(settings) as client:
+        for part in (b"", b'{"instances": ['):
+            with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
+                connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n" + part)
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+                assert answer.startswith(b"HTTP/1.1 408 ")
+                assert b"urn:tailstream:problem:slow-body" in answer
 
 
 def test_a_body_of_exactly_the_limit_is_read(client: httpx.Client) -> None:

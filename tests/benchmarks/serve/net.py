@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.service.store import fit, manifest
+from trainer.calibration import LevelCalibration
 from trainer.config import Settings, load
 from trainer.model import build_model, inference_state
 from trainer.schema import FeatureSchema
@@ -57,7 +58,7 @@ def write_model(settings: Settings, seed: int = 0) -> None:
     label = 10 * numeric[:, 0] + 20 * torch.randn(2048).exp() + seed
     grid = fit(model, numeric, torch.zeros(2048, 0, dtype=torch.int64), label)
     settings.store.path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in inference_state(model, grid).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in inference_state(model, grid, LevelCalibration()).items()}
     SnapshotStore(settings.store.path).write(manifest(settings), tensors, {})
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 START_S = 90.0
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORE, LOAD_CORE = {CORES[0]}, {CORES[-1]}
@@ -34,9 +36,17 @@ end
 class Load(NamedTuple):
     """What wrk measured."""
 
+    requests: int
     requests_per_s: float
     p99_ms: float
     failed: int  # connections, reads, writes, timeouts, and answers that are not 2xx
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that a server has taken so far, its children's too."""
+    server = psutil.Process(pid)
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(of.user + of.system for of in times)
 
 
 def python(*arguments: str) -> list[str]:
@@ -97,4 +107,6 @@ def wrk(port: int, body: bytes, clients: int, seconds: int) -> Load:
             preexec_fn=lambda: os.sched_setaffinity(0, LOAD_CORE),
         )
     said = json.loads(run.stdout.strip().splitlines()[-1])
-    return Load(said["requests"] / said["us"] * 1e6, said["p99_us"] / 1e3, said["failed"] + said["refused"])
+    return Load(
+        said["requests"], said["requests"] / said["us"] * 1e6, said["p99_us"] / 1e3, said["failed"] + said["refused"]
+    )

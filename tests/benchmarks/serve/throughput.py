@@ -1,4 +1,7 @@
-"""Requests a second and the 99th percentile of all servers side by side, in rounds that take turns."""
+"""Requests a second and the 99th percentile of all servers side by side, in rounds that take turns.
+
+Requests a second of CPU time are what a core of its own would give; they also hold where others use the machine.
+"""
 
 import importlib.util
 import statistics
@@ -8,7 +11,7 @@ from typing import Any, NamedTuple
 
 from service.broker import free_port
 from tests.benchmarks.serve.net import body, write_config
-from tests.benchmarks.serve.processes import Load, on_one_core, python, wrk
+from tests.benchmarks.serve.processes import Load, cpu_s, on_one_core, python, wrk
 
 CLIENTS = (16, 64)
 MANY = 1000
@@ -56,33 +59,35 @@ def measure(folder: Path, rounds: int, seconds: int) -> list[dict[str, Any]]:
         if instances in bodies.get(name, (1, MANY))
     ]
     found: dict[Measured, list[Load]] = {load: [] for load in loads}
+    busy_s: dict[Measured, float] = dict.fromkeys(loads, 0.0)
     with ExitStack() as running:
-        for name, command in commands.items():
-            running.enter_context(on_one_core(command, ports[name], folder / f"{name}.log"))
+        pids = {
+            name: running.enter_context(on_one_core(command, ports[name], folder / f"{name}.log"))
+            for name, command in commands.items()
+        }
         for turn in range(rounds + 1):
             for load in loads:
                 sent = bodies.get(load.server, {1: single, MANY: many})[load.instances]
+                before_s = cpu_s(pids[load.server])
                 # The first round warms up and is not counted.
                 result = wrk(ports[load.server], sent, load.clients, seconds if turn else 1)
                 if result.failed:
                     raise SystemExit(f"{load} failed {result.failed} times; see {folder / load.server}.log")
                 if turn:
                     found[load].append(result)
+                    busy_s[load] += cpu_s(pids[load.server]) - before_s
     return [
         {
             **load._asdict(),
             "requests_per_s": statistics.median(result.requests_per_s for result in results),
             "p99_ms": statistics.median(result.p99_ms for result in results),
+            "requests_per_cpu_s": sum(result.requests for result in results) / busy_s[load],
         }
         for load, results in found.items()
     ]
 
 
-def ratio(runs: list[dict[str, Any]], ours: str, theirs: str, clients: int, instances: int) -> float:
-    """How many times the requests a second of another server."""
-    rates = {
-        run["server"]: run["requests_per_s"]
-        for run in runs
-        if (run["clients"], run["instances"]) == (clients, instances)
-    }
+def ratio(runs: list[dict[str, Any]], of: str, ours: str, theirs: str, clients: int, instances: int) -> float:
+    """How many times the figure of another server."""
+    rates = {run["server"]: run[of] for run in runs if (run["clients"], run["instances"]) == (clients, instances)}
     return float(rates[ours] / rates[theirs])
