@@ -35,7 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
         ConfigError: the keys, the schema or the model's body cannot be used.
     """
     torch.set_num_threads(settings.threads)
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     build_model(schema, settings.model, settings.learner)  # a body that cannot be made is said at once, not in a log
     store = SnapshotStore(settings.store.path)
     watcher = Watcher(store, settings)

@@ -172,7 +172,7 @@ class _Demo:
 
     def _publish(self) -> None:
         try:
-            schema = FeatureSchema(self.settings.record_schema, self.settings.model.category_buckets)
+            schema = FeatureSchema.of(self.settings)
             publish(
                 self.settings, schema, self._values(), records_per_s=self.options.rate, progress=self._note_published
             )

@@ -83,7 +83,7 @@ class Predictor:
             KeyError: the label density is not in the snapshot.
             RuntimeError: the tensors do not fit the model.
         """
-        schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+        schema = FeatureSchema.of(settings)
         model = build_model(schema, settings.model, settings.learner)
         calibration = LevelCalibration()
         grid = load_inference(snapshot.model, model, calibration)

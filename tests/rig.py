@@ -47,7 +47,7 @@ def rows(count: int, seed: int = 0) -> list[bytes]:
 
 
 def send(settings: Settings, values: list[bytes], partitions: int = 1) -> None:
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     assert publish(settings, schema, values, partitions=partitions).sent == len(values)
 
 

@@ -26,7 +26,7 @@ def test_each_configuration_can_be_loaded(block: str, tmp_path: Path) -> None:
     path = tmp_path / "orders.toml"
     path.write_text(block)
     settings = load(path)
-    FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    FeatureSchema.of(settings)
 
 
 def test_the_configuration_for_a_topic_of_ones_own_is_ten_lines_or_so() -> None:

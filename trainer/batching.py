@@ -87,11 +87,12 @@ class Batch:
 
     numeric: NDArray[np.float32]  # (B, F), NaN where missing
     categorical: NDArray[np.int64]  # (B, C) buckets
-    label: NDArray[np.float64]  # (B,), label units
+    label: NDArray[np.float64]  # (B,), label units; a class by its number
     time_s: NDArray[np.float64]  # (B,), event time (else the record's), seconds since the epoch
     progress: Progress  # what this batch adds, by partition
     rejected: tuple[Rejection, ...] = ()
     newest_append_s: float = 0.0  # the youngest record's timestamp
+    new_classes: tuple[str, ...] = ()  # first seen in this batch; their numbers go on from those before
 
     def __len__(self) -> int:
         return len(self.label)
@@ -178,6 +179,7 @@ class Batcher:
             progress={partition: tally.progress() for partition, tally in self._tallies.items()},
             rejected=tuple(self._rejected),
             newest_append_s=self._newest,
+            new_classes=() if self._schema.classes is None else self._schema.classes.take_new(),
         )
         self._start()
         return batch

@@ -44,7 +44,7 @@ def run_checks(settings: Settings, say: Callable[[str], None]) -> bool:
 
 
 def _config(settings: Settings) -> Finding:
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     kinds = f"{len(schema.numeric_columns)} numeric columns, {len(schema.categorical_columns)} categorical"
     return Finding(True, f"label {schema.settings.label!r}, {kinds}")
 
@@ -64,7 +64,7 @@ def _topic(settings: Settings) -> Finding:
 
 
 def _records(settings: Settings) -> Finding:
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     records = _first_records(settings)
     faults: list[tuple[Record, RecordError]] = []
     for record in records:

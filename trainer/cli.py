@@ -52,7 +52,7 @@ def publish(
     from trainer.schema import FeatureSchema
 
     settings = load_settings(config)
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     console = Console(stderr=True)
     with Progress(
         TextColumn("publishing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console

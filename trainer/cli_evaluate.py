@@ -2,10 +2,10 @@
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -14,20 +14,60 @@ from trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainer.batching import Batch
+    from trainer.class_evaluation import ClassAnswers
     from trainer.config import Settings
     from trainer.evaluation import Answers
     from trainer.schema import FeatureSchema
 
-COLUMNS = {
-    "mae": "MAE",
-    "rmse": "RMSE",
-    "balanced_mae": "balanced",
-    "mae_top_5_percent": "top 5%",
-    "mae_top_1_percent": "top 1%",
-    "log_score": "log score",
-    "coverage_second_half": "coverage",
+
+class Report(NamedTuple):
+    """How runs of a task are shown."""
+
+    title: str
+    columns: dict[str, str]  # metric = heading
+    digits: str  # format of a number
+    notes: tuple[str, ...]
+
+
+REPORTS = {
+    "regression": Report(
+        "Prequential errors, label units",
+        {
+            "mae": "MAE",
+            "rmse": "RMSE",
+            "balanced_mae": "balanced",
+            "mae_top_5_percent": "top 5%",
+            "mae_top_1_percent": "top 1%",
+            "log_score": "log score",
+            "coverage_second_half": "coverage",
+        },
+        ".4g",
+        (
+            "b: balance. balanced, top 5%, top 1%: MAE over label regions alike, and of the largest labels.",
+            "coverage: of 90% intervals at balance 0, second half of the rows.",
+        ),
+    ),
+    "classification": Report(
+        "Prequential metrics",
+        {
+            "accuracy": "accuracy",
+            "macro_recall": "recall",
+            "recall_many": "many",
+            "recall_medium": "medium",
+            "recall_few": "few",
+            "g_mean": "G-mean",
+            "log_loss": "log loss",
+            "calibration_error": "calibration",
+        },
+        ".3f",
+        (
+            "b: balance. recall: the mean over classes of the share answered right; many, medium, few: over those with",
+            "at least a 50th, a 500th, and less of the rows. calibration: expected calibration error.",
+        ),
+    ),
 }
 REGIONS = 30
+LEAST_WIDTH = 110  # characters; a narrower terminal wraps what it must, and a file loses nothing
 
 
 @explained
@@ -51,7 +91,7 @@ def evaluate(
     _check_losses(losses, settings)
     batches, schema = _batches(file, settings, rows)
     runs, answers = _run_all(settings, schema, batches, losses, balances, seeds)
-    say(_table(runs, losses, balances))
+    say(_table(REPORTS[settings.task], runs, losses, balances))
     if json_file is not None:
         speed = max(a.rows_per_second for a in answers.values())
         json_file.write_text(json.dumps({"rows_per_second": speed, "runs": runs}, indent=1) + "\n")
@@ -80,12 +120,12 @@ def _balances(text: str) -> list[float]:
 
 
 def _check_losses(losses: Sequence[str], settings: "Settings") -> None:
-    from typing import get_args
+    from trainer.losses import LOSSES
 
-    known = get_args(type(settings.learner).model_fields["loss"].annotation)
+    known = [name for name, entry in LOSSES.items() if entry.task == settings.task]
     for loss in losses:
         if loss not in known:
-            raise ConfigError(f"--compare: there is no loss {loss!r}; there are {', '.join(known)}")
+            raise ConfigError(f"--compare: there is no loss {loss!r} of {settings.task}; there are {', '.join(known)}")
 
 
 def _batches(file: Path, settings: "Settings", rows: int | None) -> tuple[list["Batch"], "FeatureSchema"]:
@@ -96,7 +136,7 @@ def _batches(file: Path, settings: "Settings", rows: int | None) -> tuple[list["
     from trainer.files import read_values
     from trainer.schema import FeatureSchema
 
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     batcher = Batcher(schema, settings.batch.size)
     records = (Record(0, n, 0.0, None, value) for n, value in enumerate(islice(read_values(file, schema), rows)))
     batches = list(batcher.add(records))
@@ -118,17 +158,19 @@ def _run_all(
     losses: Sequence[str],
     balances: Sequence[float],
     seeds: int,
-) -> tuple[list[dict[str, Any]], dict[str, "Answers"]]:
+) -> tuple[list[dict[str, Any]], dict[str, "Answers | ClassAnswers"]]:
     import torch
     from rich.console import Console
     from rich.progress import Progress
 
-    from trainer.evaluation import for_loss, run, summarise
+    from trainer.class_evaluation import run_classes
+    from trainer.evaluation import for_loss, run
     from trainer.process import choose_device
 
     torch.set_num_threads(settings.threads)
     runs: list[dict[str, Any]] = []
-    answers: dict[str, Answers] = {}
+    answers: dict[str, Answers | ClassAnswers] = {}
+    run_task = run_classes if settings.task == "classification" else run
     total = sum(map(len, batches))
     with Progress(console=Console(stderr=True)) as progress:
         for loss in losses:
@@ -136,62 +178,64 @@ def _run_all(
                 task = progress.add_task(f"{loss}, seed {seed}", total=total)
                 chosen = for_loss(settings, loss).model_copy(update={"seed": seed})
                 advance = partial(progress.advance, task)
-                done = run(chosen, schema, batches, balances, choose_device(settings.device), advance)
+                done = run_task(chosen, schema, batches, balances, choose_device(settings.device), advance)
                 answers.setdefault(loss, done)
-                runs += [{"loss": loss, "seed": seed, "balance": b, **summarise(done, b)} for b in balances]
+                runs += [{"loss": loss, "seed": seed, "balance": b, **done.summary(b)} for b in balances]
     return runs, answers
 
 
-def _table(runs: Sequence[dict[str, Any]], losses: Sequence[str], balances: Sequence[float]) -> str:
+def _table(report: Report, runs: Sequence[dict[str, Any]], losses: Sequence[str], balances: Sequence[float]) -> str:
     from rich.console import Console
     from rich.table import Table
 
     from trainer.evaluation import averaged
 
     seeds = len({run["seed"] for run in runs})
-    table = Table(title="Prequential errors, label units" + (f"; means over {seeds} seeds" if seeds > 1 else ""))
-    for heading in ("loss", "b", *COLUMNS.values()):
+    table = Table(title=report.title + (f"; means over {seeds} seeds" if seeds > 1 else ""))
+    for heading in ("loss", "b", *report.columns.values()):
         table.add_column(heading, justify="left" if heading == "loss" else "right")
     for loss in losses:
         for balance in balances:
             means = averaged([run for run in runs if run["loss"] == loss and run["balance"] == balance])
-            table.add_row(loss, f"{balance:g}", *(_figure(means[name]) for name in COLUMNS))
-    constant = runs[0]["constant_balanced_mae"]
+            cells = (_figure(means[name], report.digits) for name in report.columns)
+            table.add_row(loss, f"{balance:g}", *cells)
+    constant = runs[0].get("constant_balanced_mae")
     console = Console()
+    console.width = max(console.width, LEAST_WIDTH)
     with console.capture() as captured:
         console.print(table)
-        console.print("b: balance. balanced, top 5%, top 1%: MAE over label regions alike, and of the largest labels.")
-        console.print("coverage: of 90% intervals at balance 0, second half of the rows.")
+        for note in report.notes:
+            console.print(note)
         best = f"the best constant answer, chosen in hindsight: balanced MAE {_figure(constant)}"
         console.print(best if constant else "")
     return captured.get().rstrip()
 
 
-def _figure(value: float | None) -> str:
-    """Four digits, or all before the point; an exponent would say less in more letters."""
+def _figure(value: float | None, digits: str = ".4g") -> str:
+    """So many digits, or all before the point; an exponent would say less in more letters."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:{digits}}"
 
 
-def _draw(path: Path, answers: dict[str, "Answers"], label: str) -> None:
+def _draw(path: Path, answers: Mapping[str, "Answers | ClassAnswers"], label: str) -> None:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     import numpy as np
 
-    from trainer.evaluation import error_by_region
-
-    figure, (errors, counts) = plt.subplots(2, 1, sharex=True, height_ratios=[3, 1], figsize=(8, 6), layout="tight")
+    figure, (quality, counts) = plt.subplots(2, 1, sharex=True, height_ratios=[3, 1], figsize=(8, 6), layout="tight")
     for loss, answer in answers.items():
-        for balance, median in answer.median.items():
-            middles, error, rows = error_by_region(answer.label, abs(answer.label - median), REGIONS)
-            errors.plot(middles, error, marker=".", label=f"{loss}, balance {balance:g}")
-    counts.bar(middles, rows, width=0.9 * float(np.ptp(answer.label)) / REGIONS, color="0.6")
-    errors.set(ylabel="mean absolute error", title="Error by label region, each row predicted before it was learned")
-    errors.legend()
-    errors.grid(alpha=0.3)
+        curves = answer.curves(REGIONS)
+        for balance, values in curves.values.items():
+            quality.plot(curves.places, values, marker=".", label=f"{loss}, balance {balance:g}")
+    places = np.asarray(curves.places)
+    numbers = places if places.dtype.kind == "f" else np.arange(len(places))
+    counts.bar(curves.places, curves.rows, width=0.9 * float(np.ptp(numbers)) / max(1, len(numbers)), color="0.6")
+    quality.set(ylabel=curves.measure, title=f"{curves.measure.capitalize()}, each row predicted before it was learned")
+    quality.legend()
+    quality.grid(alpha=0.3)
     counts.set(xlabel=label, ylabel="rows", yscale="log")
     figure.savefig(path, dpi=120)
     plt.close(figure)

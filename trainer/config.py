@@ -27,7 +27,17 @@ ENV_OF_THE_TESTS: Final = ("TAILSTREAM_TEST_", "TAILSTREAM_COMPOSE_")  # not set
 # Kubernetes puts such variables into every container beside a Service whose name begins with `tailstream`.
 KUBERNETES_LINK: Final = re.compile(r"(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT(_\d+_(TCP|UDP)(_\w+)?)?)$")
 
+TaskName = Literal["regression", "classification"]
 FeatureKind = Literal["numeric", "categorical", "boolean", "vector", "timestamp"]
+CLASS_LOSSES: Final = ("logit_adjusted", "cross_entropy", "class_balanced", "focal", "influence_balanced")
+# What a task's settings are where nothing is said, instead of the defaults of regression.
+TASK_DEFAULTS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
+    "regression": {},
+    "classification": {
+        "learner": {"loss": "logit_adjusted", "label_memory": 0},
+        "model": {"head": "linear"},
+    },
+}
 
 
 class _Table(BaseModel):
@@ -56,6 +66,12 @@ class SchemaSettings(_Table):
     """Which fields of a record (dotted paths) are the label, the features, the id and the event time."""
 
     label: str = Field(min_length=1, description="Field to learn, by its dotted path.")
+    classes: Annotated[list[str], NoDecode] = Field(
+        default=[], description="The classes, for classification; empty: each is added when it is first seen."
+    )
+    max_classes: int = Field(
+        default=1000, ge=2, le=1 << 20, description="Most classes; records of further ones go to the dead letters."
+    )
     id: str | None = Field(default=None, description="Field that identifies a record; `publish` uses it as the key.")
     time: str | None = Field(
         default=None, description="Event time, ISO 8601 or epoch milliseconds; without it the Kafka timestamp."
@@ -72,6 +88,21 @@ class SchemaSettings(_Table):
         if isinstance(value, dict):
             return {name: {"kind": kind} if isinstance(kind, str) else kind for name, kind in value.items()}
         return value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _classes_by_their_text(cls, value: Any) -> Any:
+        """An integer names the same class as its text, as it does in a record."""
+        names = _split(value)
+        return [str(name) if type(name) is int else name for name in names] if isinstance(names, list) else names
+
+    @model_validator(mode="after")
+    def _classes_are_different_and_not_too_many(self) -> Self:
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError('classes: one is listed twice (1 and "1" are the same)')
+        if len(self.classes) > self.max_classes:
+            raise ValueError(f"classes: {len(self.classes)} are listed and max_classes is {self.max_classes}")
+        return self
 
     @model_validator(mode="after")
     def _roles_go_together(self) -> Self:
@@ -156,10 +187,35 @@ class SigmaInLabelUnits(_Table):
 class LearnerSettings(_Table):
     """How the model learns."""
 
-    loss: Literal["bmc", "nll", "gai", "bni", "mse", "l1", "huber"] = Field(
+    loss: Literal[
+        "bmc",
+        "nll",
+        "gai",
+        "bni",
+        "mse",
+        "l1",
+        "huber",
+        "logit_adjusted",
+        "cross_entropy",
+        "class_balanced",
+        "focal",
+        "influence_balanced",
+    ] = Field(
         default="bmc",
         description="Loss: `bmc` (either head), `nll` (mixture head); with the gaussian head also `gai`, `bni`, `mse`, "
-        "`l1`, `huber`.",
+        "`l1`, `huber`. Of classes: `logit_adjusted` (the default there), `cross_entropy`, `class_balanced`, `focal`, "
+        "`influence_balanced`.",
+    )
+    class_weights: Literal["inverse", "effective"] = Field(
+        default="inverse",
+        description="Weights of `class_balanced` and `influence_balanced`: one over a class's rows, or over its "
+        "effective number of them.",
+    )
+    focal_gamma: float = Field(default=2.0, ge=0, description="How much `focal` leaves out what is known already.")
+    influence_after: Annotated[int, Field(ge=0)] | Literal["plateau"] = Field(
+        default="plateau",
+        description="When `influence_balanced` begins, cross-entropy before: after so many rows, or at the loss's "
+        "`plateau`.",
     )
     sigma: Literal["learned", "adaptive"] | Annotated[float, Field(gt=0)] | SigmaInLabelUnits = Field(
         default="learned",
@@ -196,9 +252,10 @@ class ModelSettings(_Table):
     category_buckets: int = Field(
         default=1024, ge=2, le=1 << 24, description="Buckets that a feature's categories are hashed to."
     )
-    head: Literal["mixture", "gaussian"] = Field(
+    head: Literal["mixture", "gaussian", "linear"] = Field(
         default="mixture",
-        description="Predicted density: a `mixture` of Gaussians, or one `gaussian` with one sigma for all rows.",
+        description="Predicted density: a `mixture` of Gaussians, or one `gaussian` with one sigma for all rows. "
+        "`linear` is the head of classes.",
     )
     components: int = Field(default=4, ge=1, le=64, description="Gaussians of the mixture head.")
 
@@ -288,7 +345,9 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
     )
 
-    task: Literal["regression"] = Field(default="regression", description="What is learned.")
+    task: TaskName = Field(
+        default="regression", description="What is learned: `regression` (a number) or `classification` (a class)."
+    )
     device: str = Field(
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="`auto`, `cpu`, `cuda` or `cuda:N`."
     )
@@ -306,8 +365,34 @@ class Settings(BaseSettings):
     trainer: TrainerSettings = TrainerSettings()
     service: ServiceSettings = ServiceSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, tables: Any) -> Any:
+        if not isinstance(tables, dict):
+            return tables
+        defaults = TASK_DEFAULTS.get(str(tables.get("task", "regression")), {})
+        filled = dict(tables)
+        for name, table in defaults.items():
+            given = tables.get(name, {})
+            if isinstance(given, dict):
+                filled[name] = {**table, **given}
+        return filled
+
+    @model_validator(mode="after")
+    def _loss_and_head_fit_the_task(self) -> Self:
+        of_classes = self.task == "classification"
+        if (self.learner.loss in CLASS_LOSSES) != of_classes:
+            raise ValueError(f'learner.loss = "{self.learner.loss}" is not a loss of task = "{self.task}"')
+        if (self.model.head == "linear") != of_classes:
+            raise ValueError(f'model.head = "{self.model.head}" is not a head of task = "{self.task}"')
+        if self.record_schema.classes and not of_classes:
+            raise ValueError('schema.classes needs task = "classification"')
+        return self
+
     @model_validator(mode="after")
     def _the_loss_fits_the_head(self) -> Self:
+        if self.task != "regression":
+            return self
         if self.model.head == "mixture" and self.learner.loss not in ("bmc", "nll"):
             raise ValueError(f'learner.loss = "{self.learner.loss}" needs model.head = "gaussian"')
         if self.model.head == "gaussian" and self.learner.loss == "nll":

@@ -1,7 +1,7 @@
 """Prequential evaluation of a learner over a file: the trainer's own learner, no broker, exact metrics."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -28,9 +28,74 @@ class Answers(NamedTuple):
     covered: NDArray[np.bool_]  # (N,) whether the label lay in its 90% interval at balance 0
     rows_per_second: float  # predicted at the trainer's balances and learned from
 
+    def summary(self, balance: float) -> dict[str, float | None]:
+        """Metrics at one balance: medians for absolute errors, means for the squared one; label units."""
+        label = self.label
+        error = np.abs(label - self.median[balance])
+        squared = np.square(label - self.mean[balance])
+        return {
+            "mae": float(error.mean()),
+            "rmse": float(np.sqrt(squared.mean())),
+            "balanced_mae": balanced_mae(label, error),
+            "mae_top_1_percent": float(error[label >= np.quantile(label, 0.99)].mean()),
+            "mae_top_5_percent": float(error[label >= np.quantile(label, 0.95)].mean()),
+            "log_score": float(self.log_score.mean()),
+            "coverage_second_half": float(self.covered[len(label) // 2 :].mean()),
+            "constant_balanced_mae": constant_balanced_mae(label),
+        }
+
+    def curves(self, regions: int) -> "Curves":
+        """Mean absolute error by equal-width label region."""
+        values: dict[float, Floats] = {}
+        for balance, median in self.median.items():
+            middles, values[balance], rows = error_by_region(self.label, abs(self.label - median), regions)
+        return Curves("mean absolute error", middles, values, rows)
+
+
+class Curves(NamedTuple):
+    """How good the answers are by what the label is."""
+
+    measure: str
+    places: Sequence[str] | Floats  # of the labels
+    values: Mapping[float, Floats]  # by balance
+    rows: Floats
+
+
+class Stopwatch:
+    """How fast rows are learned from, whatever else is done with them.
+
+    Attributes:
+        rows: learned from.
+        seconds: that it took to predict them at the trainer's balances and to learn from them.
+    """
+
+    def __init__(self) -> None:
+        self.rows, self.seconds = 0, 0.0
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows a second so far."""
+        return self.rows / max(self.seconds, 1e-9)
+
+
+def learned(
+    learner: Learner, batches: Iterable[Batch], watch: Stopwatch, progress: Callable[[int], None]
+) -> Iterator[tuple[Batch, Any]]:
+    """Learns from batches in order; yields each that was predicted before, and what the learner's task said of it."""
+    for batch in batches:
+        began = time.perf_counter()
+        result = learner.step(batch)
+        watch.seconds += time.perf_counter() - began
+        watch.rows += len(batch)
+        progress(len(batch))
+        if result is not None:
+            yield batch, result
+
 
 def for_loss(settings: Settings, loss: str) -> Settings:
-    """The settings with another loss, and with the head that it needs."""
+    """The settings with another loss of the same task, and with the head that it needs."""
+    if settings.task == "classification":
+        return settings.model_copy(update={"learner": settings.learner.model_copy(update={"loss": loss})})
     head = "gaussian" if loss in GAUSSIAN_ONLY else "mixture" if loss == "nll" else settings.model.head
     return settings.model_copy(
         update={
@@ -62,15 +127,8 @@ def run(
     labels, scores, covered = [], [], []
     medians: dict[float, list[Floats]] = {balance: [] for balance in balances}
     means: dict[float, list[Floats]] = {balance: [] for balance in balances}
-    learning_s, rows = 0.0, 0
-    for batch in batches:
-        began = time.perf_counter()
-        result = learner.step(batch)
-        learning_s += time.perf_counter() - began
-        rows += len(batch)
-        progress(len(batch))
-        if result is None:
-            continue
+    watch = Stopwatch()
+    for batch, result in learned(learner, batches, watch, progress):
         labels.append(batch.label)
         scores.append(result.log_score.double().cpu().numpy())
         covered.append(result.covered.cpu().numpy())
@@ -83,25 +141,8 @@ def run(
         {balance: _joined(parts) for balance, parts in means.items()},
         _joined(scores),
         np.concatenate(covered) if covered else np.zeros(0, dtype=bool),
-        rows / max(learning_s, 1e-9),
+        watch.rows_per_second,
     )
-
-
-def summarise(answers: Answers, balance: float) -> dict[str, float | None]:
-    """Metrics of a run at one balance: medians for absolute errors, means for the squared one; label units."""
-    label = answers.label
-    error = np.abs(label - answers.median[balance])
-    squared = np.square(label - answers.mean[balance])
-    return {
-        "mae": float(error.mean()),
-        "rmse": float(np.sqrt(squared.mean())),
-        "balanced_mae": balanced_mae(label, error),
-        "mae_top_1_percent": float(error[label >= np.quantile(label, 0.99)].mean()),
-        "mae_top_5_percent": float(error[label >= np.quantile(label, 0.95)].mean()),
-        "log_score": float(answers.log_score.mean()),
-        "coverage_second_half": float(answers.covered[len(label) // 2 :].mean()),
-        "constant_balanced_mae": constant_balanced_mae(label),
-    }
 
 
 def balanced_mae(label: Floats, error: Floats) -> float | None:

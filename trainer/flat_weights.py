@@ -17,6 +17,7 @@ class FlatWeights:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._shapes = [p.shape for p in parameters]
         self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
         self._gradient = torch.zeros_like(self.vector, requires_grad=False)
         self.vector.grad = self._gradient
@@ -26,6 +27,11 @@ class FlatWeights:
             parameter.data = self.vector.detach()[part].view_as(parameter)
             parameter.grad = self._gradient[part].view_as(parameter)
             start = part.stop
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """Views of a vector (P,), one of the shape of each parameter: what an optimiser keeps, by parameter."""
+        parts = torch.split(vector.detach(), [shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def zero_grad(self) -> None:
         """Makes all gradients 0, in place: backward adds to them."""

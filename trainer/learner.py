@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.batching import Batch
+from trainer.classification import Classification
 from trainer.config import Settings
 from trainer.flat_weights import FlatWeights
 from trainer.model import prefixed, unprefixed
@@ -22,6 +24,10 @@ SCORE_DECAY: Final = 0.9  # of the log scores by which the averaged or the curre
 LOSS_WEIGHT: Final = 0.01  # of one step in the fading training loss
 AVERAGING_WARM_UP: Final = 10  # steps
 NEWEST_SAMPLES: Final = 100
+TASKS: Final[Mapping[str, Callable[[Settings, FeatureSchema, torch.device], Task]]] = {
+    "regression": Regression,
+    "classification": Classification,
+}
 
 
 class Newest(NamedTuple):
@@ -40,7 +46,7 @@ class Readings(NamedTuple):
     nonfinite_steps: int
     metrics: dict[str, Any]  # Task.metrics()
     healthy: bool  # whether the fading error is finite and not clearly worse than a constant answer's
-    newest: list[tuple[float, float, float]]  # event time, label, prediction
+    newest: list[tuple[float, float | str, float | str]]  # event time, label, prediction
 
 
 class Learner:
@@ -60,7 +66,7 @@ class Learner:
         self._seed = settings.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.task: Task = Regression(settings, schema, device)
+            self.task: Task = TASKS[settings.task](settings, schema, device)
         self._skips_on_device = device.type in ("cpu", "cuda")
         self._flatten()
         self.replay = ReplayBuffer(learner.replay_rows, len(schema.numeric_columns), len(schema.buckets), device)
@@ -85,6 +91,18 @@ class Learner:
             groups.append({"params": [sigma for sigma, _ in self._sigma], "lr": self._settings.sigma_lr})
         self.optimizer = torch.optim.Adam(groups, lr=self._settings.lr, fused=self._skips_on_device)
 
+    def _grow(self, batch: Batch) -> None:
+        """Makes room for what a batch brings; what the optimiser knows of the weights stays with them."""
+        before, state = self._weights, self.optimizer.state.get(self._weights.vector)
+        if not self.task.grow(batch):
+            return
+        self._flatten()
+        if state:
+            shapes = self._weights.parts(self._weights.vector)
+            self.optimizer.state[self._weights.vector] = {
+                name: _padded(before.parts(value), shapes) if value.dim() else value for name, value in state.items()
+            }
+
     def step(self, batch: Batch) -> Any:
         """Predicts a batch, takes it into all statistics, learns from it, and replays older rows.
 
@@ -100,6 +118,7 @@ class Learner:
         numeric = torch.from_numpy(batch.numeric).to(self._device, non_blocking=True)
         categorical = torch.from_numpy(batch.categorical).to(self._device, non_blocking=True)
         label = torch.from_numpy(batch.label).to(self._device, non_blocking=True)
+        self._grow(batch)
         result = self._test(batch, numeric, categorical, label) if self._batches else None
         self.task.observe(batch, numeric, label, self._batches)
         slots = self.replay.add(numeric, categorical, label)
@@ -182,11 +201,12 @@ class Learner:
         loss, nonfinite_steps = float(self._loss), int(self._nonfinite)
         metrics, noise = self.task.metrics(), self.task.noise(bool(self._averaged_is_better()))
         fading = metrics["fading"]
-        newest: list[tuple[float, float, float]] = []
+        newest: list[tuple[float, float | str, float | str]] = []
         for rows in reversed(self._newest):
             if len(newest) >= NEWEST_SAMPLES:
                 break
-            newest[:0] = zip(rows.time_s.tolist(), rows.label.tolist(), rows.prediction.tolist(), strict=True)
+            labels, predictions = (self.task.shown(part.tolist()) for part in (rows.label, rows.prediction))
+            newest[:0] = zip(rows.time_s.tolist(), labels, predictions, strict=True)
         return Readings(
             train_loss=None if np.isnan(loss) else loss,
             noise=noise,
@@ -245,6 +265,14 @@ class Learner:
         self._scores.copy_(learner["scores"])
         self._loss = learner["loss"].to(self._device)
         self._nonfinite.copy_(learner["nonfinite"])
+
+
+def _padded(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """Values by parameter as one vector, each parameter filled up with 0 to the shape that it has now."""
+    grown = [torch.zeros_like(shape) for shape in like]
+    for new, old in zip(grown, values, strict=True):
+        new[tuple(map(slice, old.shape))] = old
+    return torch.cat([part.reshape(-1) for part in grown])
 
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

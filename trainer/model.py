@@ -193,15 +193,24 @@ def build_model(schema: FeatureSchema, model: ModelSettings, learner: LearnerSet
     Raises:
         ConfigError: a body of the user's own cannot be used.
     """
-    tabular = model.body == "tabular"
-    body = TabularBody(schema, model.hidden, model.embedding) if tabular else own_body(model.body, schema)
-    out_features = cast("int", body.out_features)
+    body, out_features = build_body(schema, model)
     head: Head
     if model.head == "mixture":
         head = MixtureHead(out_features, model.components)
     else:
         head = GaussianHead(out_features, _noise(learner))
     return Model(body, head, len(schema.numeric_columns))
+
+
+def build_body(schema: FeatureSchema, model: ModelSettings) -> tuple[nn.Module, int]:
+    """The body that the configuration names, and the width of what it returns.
+
+    Raises:
+        ConfigError: a body of the user's own cannot be used.
+    """
+    tabular = model.body == "tabular"
+    body = TabularBody(schema, model.hidden, model.embedding) if tabular else own_body(model.body, schema)
+    return body, cast("int", body.out_features)
 
 
 def inference_state(model: Model, grid: LabelGrid, calibration: LevelCalibration) -> dict[str, Tensor]:
@@ -222,6 +231,26 @@ def load_inference(state: dict[str, Tensor], model: Model, calibration: LevelCal
     model.load_state_dict(unprefixed("model", state))
     calibration.load_state_dict(unprefixed("calibration", state))
     return LabelGrid.from_tensors(unprefixed("grid", state))
+
+
+def averaged_state(averaged: nn.Module) -> dict[str, Tensor]:
+    """The state of averaged weights, without the running statistics that are the model's own."""
+    return {name: value for name, value in averaged.state_dict().items() if not _is_statistic(name)}
+
+
+def load_averaged(state: dict[str, Tensor], averaged: nn.Module) -> None:
+    """Loads what `averaged_state` gave.
+
+    Raises:
+        RuntimeError: it is of another model.
+    """
+    found = averaged.load_state_dict(state, strict=False)
+    if found.unexpected_keys or not all(map(_is_statistic, found.missing_keys)):
+        raise RuntimeError(f"averaged weights do not fit the model: {found}")
+
+
+def _is_statistic(name: str) -> bool:
+    return name.startswith(("features.", "labels."))
 
 
 def prefixed(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def run(settings: Settings) -> None:
     """
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     store = SnapshotStore(settings.store.path)
     metrics = TrainerMetrics()
     with ExitStack() as stack:

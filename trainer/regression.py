@@ -25,7 +25,7 @@ from trainer.losses import (
     l1_loss,
     mse_loss,
 )
-from trainer.model import build_model, inference_state, learned_prior, unprefixed
+from trainer.model import averaged_state, build_model, inference_state, learned_prior, load_averaged, unprefixed
 from trainer.predictive import Components, GridDensity
 from trainer.prequential import BALANCES, MEDIAN, PrequentialMetrics
 from trainer.schema import FeatureSchema
@@ -77,6 +77,10 @@ class Regression:
         """A learned sigma beside its average, or nothing."""
         pair = self.model.head.sigma_parameters(), self.averaged.head.sigma_parameters()
         return list(zip(*pair, strict=True))
+
+    def grow(self, batch: Batch) -> bool:
+        """False: numbers need no room."""
+        return False
 
     def test(
         self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
@@ -167,6 +171,10 @@ class Regression:
         # Where nothing can be learned a sound model is a little worse than the median, and that for ever.
         return bool(model <= HEALTHY_RATIO * median + HEALTHY_SDS * noise.label_units)
 
+    def shown(self, labels: list[float]) -> list[float]:
+        """Numbers as they are."""
+        return labels
+
     def inference_state(self, averaged: bool) -> dict[str, Tensor]:
         """What predicting needs: the weights, the scalers, the label density."""
         return inference_state(self.averaged if averaged else self.model, self.density.grid(), self.calibration)
@@ -175,7 +183,7 @@ class Regression:
         """All state, by part."""
         return {
             "model": self.model.state_dict(),
-            "averaged": {name: value for name, value in self.averaged.state_dict().items() if not _is_scaler(name)},
+            "averaged": averaged_state(self.averaged),
             "density": self.density.state_dict(),
             "labels": self.labels.state_dict(),
             "calibration": self.calibration.state_dict(),
@@ -190,9 +198,7 @@ class Regression:
             KeyError, RuntimeError: it is of another model.
         """
         self.model.load_state_dict(unprefixed("model", state))
-        averaged = self.averaged.load_state_dict(unprefixed("averaged", state), strict=False)
-        if averaged.unexpected_keys or not all(map(_is_scaler, averaged.missing_keys)):
-            raise RuntimeError(f"averaged weights do not fit the model: {averaged}")
+        load_averaged(unprefixed("averaged", state), self.averaged)
         self.density.load_state_dict(unprefixed("density", state))
         self.labels.load_state_dict(unprefixed("labels", state))
         self.calibration.load_state_dict(unprefixed("calibration", state))
@@ -219,7 +225,3 @@ def _label_model(loss: str) -> LabelMixture | LabelHistogram | nn.Module:
             return LabelHistogram()
         case _:
             return nn.Module()
-
-
-def _is_scaler(name: str) -> bool:
-    return name.startswith(("features.", "labels."))

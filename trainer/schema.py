@@ -8,14 +8,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from operator import attrgetter
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, Self
 
 import msgspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from trainer.config import FeatureSettings, SchemaSettings
+from trainer.classes import ClassNames
+from trainer.config import FeatureSettings, SchemaSettings, Settings, TaskName
 from trainer.errors import ConfigError, RecordError
 
 FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
@@ -30,7 +31,8 @@ LEAF_TYPES: Final[dict[str, Any]] = {
     "boolean": bool | None,
     "categorical": Scalar,
     "timestamp": str | int | float | None,
-    "label": float | None,
+    "number label": float | None,
+    "class label": Scalar,
     "time": Scalar,
 }
 
@@ -40,7 +42,7 @@ class Row(NamedTuple):
 
     numeric: tuple[float | None, ...]  # F values, None where missing
     categorical: tuple[int, ...]  # C buckets, 0 where missing
-    label: float  # NaN where the record was decoded for prediction
+    label: float  # a class by its number; NaN where the record was decoded for prediction
     time_s: float | None  # event time, seconds since the epoch
 
 
@@ -61,31 +63,42 @@ class FeatureSchema:
         categorical_columns: C names.
         buckets: C sizes; bucket 0 of each stands for a missing value.
         instance_type: a msgspec type for one record without its label, to build request types from.
+        classes: where labels are classes, those known so far; decoding a labelled record may add one.
     """
 
-    def __init__(self, settings: SchemaSettings, category_buckets: int) -> None:
+    def __init__(self, settings: SchemaSettings, category_buckets: int, task: TaskName = "regression") -> None:
         self.settings = settings
+        self.classes: ClassNames | None = None
+        if task == "classification":
+            self.classes = ClassNames(settings.classes, settings.max_classes, settings.label)
         kinds = settings.features
         self.categorical_columns = tuple(name for name, f in kinds.items() if f.kind == "categorical")
         self.buckets = tuple(kinds[name].buckets or category_buckets for name in self.categorical_columns)
         self.numeric_columns = tuple(column for name, f in kinds.items() for column in _columns(name, f))
-        record = _compile(settings, labelled=True)
-        self._instance = _compile(settings, labelled=False)
+        record = _compile(settings, LEAF_TYPES["number label" if self.classes is None else "class label"])
+        self._instance = _compile(settings, None)
         self._get, self._get_unlabelled, self.instance_type = record.get, self._instance.get, self._instance.type
         self._decode_record = msgspec.json.Decoder(record.type).decode
         self._decode_instance = msgspec.json.Decoder(self.instance_type).decode
         self._plain = all(f.kind in ("numeric", "boolean", "categorical") for f in kinds.values())
         self._wide = [(name, f.kind) for name, f in kinds.items() if f.kind != "categorical"]
         self._caches: tuple[dict[str | float, int], ...] = tuple({} for _ in self.buckets)
-        roles = {settings.label: "numeric", settings.time: "timestamp", settings.id: "categorical"}
+        label_kind = "numeric" if self.classes is None else "categorical"
+        roles = {settings.label: label_kind, settings.time: "timestamp", settings.id: "categorical"}
         self._kinds = {**{name: kind for name, kind in roles.items() if name}, **{n: f.kind for n, f in kinds.items()}}
         self._objects = {name.partition(".")[0] for name in self._kinds if "." in name}
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The schema that a configuration describes."""
+        return cls(settings.record_schema, settings.model.category_buckets, settings.task)
 
     def decode(self, value: bytes) -> Row:
         """Reads one labelled record.
 
         Raises:
-            RecordError: with reason `not_json`, `wrong_type`, `not_finite` or `no_label`.
+            RecordError: with reason `not_json`, `wrong_type`, `not_finite` or `no_label`; for classes also
+                `unknown_class` or `too_many_classes`.
         """
         try:
             fields = self._get(self._decode_record(value))
@@ -186,14 +199,25 @@ class FeatureSchema:
             if value is not None and not -FLOAT32_MAX <= value <= FLOAT32_MAX:
                 name = self.numeric_columns[column]
                 raise RecordError("not_finite", f"feature {name!r} is {value!r}: too large for a 32-bit float", name)
-        if label is not None and not -FLOAT32_MAX <= label <= FLOAT32_MAX:
-            name = self.settings.label
-            raise RecordError("not_finite", f"the label {name!r} is {label!r}: too large for a 32-bit float", name)
         buckets = tuple(
             (type(value) is str and cache.get(value)) or self._bucket(feature, value)
             for feature, (value, cache) in enumerate(zip(categorical, self._caches, strict=True))
         )
-        return Row(numeric, buckets, math.nan if label is None else label, _seconds(time))
+        # The label last, so that no class is added for a record that is rejected.
+        return Row(numeric, buckets, math.nan if label is None else self._label(label), _seconds(time))
+
+    def _label(self, value: str | int | float | bool) -> float:
+        name = self.settings.label
+        if self.classes is not None:
+            if isinstance(value, float) and not value.is_integer():
+                raise RecordError(
+                    "wrong_type", f"the label {name!r} is {value!r}: a class is a string or an integer", name
+                )
+            return self.classes.number(category_text(value))
+        number = float(value)
+        if not -FLOAT32_MAX <= number <= FLOAT32_MAX:
+            raise RecordError("not_finite", f"the label {name!r} is {number!r}: too large for a 32-bit float", name)
+        return number
 
     def _first_fault(self, instances: Sequence[Any]) -> RecordError:
         for place, instance in enumerate(instances):
@@ -280,14 +304,15 @@ class _Compiled(NamedTuple):
     categorical: Callable[[Sequence[Any]], list[tuple[Any, ...]]]
 
 
-def _compile(settings: SchemaSettings, *, labelled: bool) -> _Compiled:
+def _compile(settings: SchemaSettings, label_type: Any) -> _Compiled:
+    """Types and functions for records; without a type for the label they have none."""
     leaves: dict[str, Any] = {}
     if settings.time:
         leaves[settings.time] = LEAF_TYPES["time"]
     for name, feature in settings.features.items():
         leaves[name] = _vector_type(feature.size) if feature.kind == "vector" else LEAF_TYPES[feature.kind]
-    if labelled:
-        leaves[settings.label] = LEAF_TYPES["label"]
+    if label_type is not None:
+        leaves[settings.label] = label_type
 
     root: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -336,7 +361,7 @@ def _compile(settings: SchemaSettings, *, labelled: bool) -> _Compiled:
     of_numbers = [name for name, f in settings.features.items() if f.kind != "categorical"]
     of_categories = [name for name, f in settings.features.items() if f.kind == "categorical"]
     numeric, categorical = getter(of_numbers), getter(of_categories)
-    label = getter([settings.label] if labelled else [])
+    label = getter([] if label_type is None else [settings.label])
     time = getter([settings.time] if settings.time else [])
 
     def get(record: Any) -> tuple[Any, ...]:

@@ -54,8 +54,8 @@ class Sample(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     time_s: float
-    label: float
-    prediction: float
+    label: float | str
+    prediction: float | str
 
 
 class Manifest(BaseModel):

@@ -53,10 +53,18 @@ class Task(Protocol):
     def sigma_parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """What is learned at the rate of sigma, beside its average."""
 
+    def grow(self, batch: Batch) -> bool:
+        """Makes room for what a batch brings; says whether parameters of the networks have been replaced.
+
+        A parameter that is replaced begins with what it held, in every dimension, and the rest is 0.
+        """
+
     def test(
         self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
     ) -> Tested:
         """Predicts rows not yet learned from, and takes their errors into the metrics.
+
+        Their classes may be new to the network, which has room for them already.
 
         Args:
             batch: the rows, on the host.
@@ -82,6 +90,9 @@ class Task(Protocol):
 
     def is_healthy(self, errors: dict[str, Any], noise: Noise | None) -> bool:
         """Whether errors of one window at the stream's own prior are finite and not clearly worse than a constant's."""
+
+    def shown(self, labels: list[float]) -> Sequence[float | str]:
+        """Labels by their numbers, as people know them."""
 
     def inference_state(self, averaged: bool) -> dict[str, Tensor]:
         """What predicting needs, with the averaged or the current weights."""

@@ -78,7 +78,7 @@ def fitted(settings: Settings, seed: int) -> tuple[Model, dict[str, Tensor]]:
     """A model after a few steps, and the tensors of its label grid."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+        schema = FeatureSchema.of(settings)
         model = build_model(schema, settings.model, settings.learner)
         records = [schema.decode_instance(_json({**instance(i), "arr_delay": 0})) for i in range(320)]
         numeric = torch.from_numpy(schema.numeric(records))

@@ -50,7 +50,7 @@ def predictor(settings: Settings) -> Predictor:
 
 @pytest.fixture(scope="module")
 def rows(settings: Settings) -> list[Row]:
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     return [schema.decode_instance(msgspec.json.encode(instance(i))) for i in range(200)]
 
 

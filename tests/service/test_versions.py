@@ -64,7 +64,7 @@ def test_a_store_without_versions_is_an_empty_list(empty: Settings) -> None:
 
 
 def test_any_version_answers_as_it_would_in_process(three: Settings) -> None:
-    schema = FeatureSchema(three.record_schema, three.model.category_buckets)
+    schema = FeatureSchema.of(three)
     rows = [schema.decode_instance(msgspec.json.encode(instance(i))) for i in range(5)]
     with running(three) as client:
         for version in (1, 3, 2, 1):

@@ -218,7 +218,7 @@ def test_swapping_under_load_fails_and_mixes_nothing(empty: Settings) -> None:
             for thread in clients:
                 thread.join()
 
-    schema = FeatureSchema(empty.record_schema, empty.model.category_buckets)
+    schema = FeatureSchema.of(empty)
     rows = [schema.decode_instance(msgspec.json.encode(record)) for record in body["instances"]]  # type: ignore[attr-defined]
     own = {version: in_process(empty, version).predict(rows, 1.0, 0.9) for version in range(1, 14)}
     assert {status for status, _ in answers} == {200}

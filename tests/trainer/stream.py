@@ -16,6 +16,8 @@ from trainer.snapshot import Manifest, Sample
 
 FEATURES = {"size": "numeric", "age": "numeric", "kind": "categorical"}
 CPU = torch.device("cpu")
+CLASSES: dict[str, Any] = {"task": "classification", "schema": {"label": "grade"}}
+TASKS: dict[str, dict[str, Any]] = {"regression": {}, "classification": CLASSES}
 
 
 def make_settings(store: Path | str = "./snapshots", *, interval_s: float = 0.0, **tables: Any) -> Settings:
@@ -35,7 +37,7 @@ def make_settings(store: Path | str = "./snapshots", *, interval_s: float = 0.0,
 
 
 def make_schema(settings: Settings) -> FeatureSchema:
-    return FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    return FeatureSchema.of(settings)
 
 
 def make_learner(settings: Settings, device: torch.device = CPU) -> Learner:
@@ -43,7 +45,7 @@ def make_learner(settings: Settings, device: torch.device = CPU) -> Learner:
 
 
 def values(rows: int, seed: int = 0) -> list[bytes]:
-    """Records: most prices are low, one in thirty is far above, and the features say which."""
+    """Records: most prices are low, one in thirty is far above, and the features say which; a grade goes with each."""
     random = np.random.default_rng(seed)
     records = []
     for number in range(rows):
@@ -52,7 +54,8 @@ def values(rows: int, seed: int = 0) -> list[bytes]:
         price = 10 * size + (100 + 40 * size if rare else 0) + float(random.normal())
         age = None if random.random() < 0.1 else float(random.integers(0, 50))
         kind = "gold" if rare else str(random.choice(["tin", "iron"]))
-        records.append({"id": number, "size": size, "age": age, "kind": kind, "price": price})
+        grade = "rare" if rare else 7 if price < 3 else str(min(int(price / 10), 4))
+        records.append({"id": number, "size": size, "age": age, "kind": kind, "price": price, "grade": grade})
     return [json.dumps(record).encode() for record in records]
 
 

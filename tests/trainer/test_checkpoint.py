@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from tests.trainer.stream import make_batches, make_schema, make_settings, values
+from tests.trainer.stream import TASKS, make_batches, make_schema, make_settings, values
 from trainer.batching import Batch, Batcher, PartitionProgress, Progress, Record, Rejection
 from trainer.checkpoint import Checkpoint, Parts
 from trainer.config import Settings
@@ -81,7 +81,8 @@ class Trainer:
         self.settings = given
         self.store = SnapshotStore(given.store.path)
         self.source = Source(path, given, self.store)
-        self.learner = Learner(given, make_schema(given), torch.device("cpu"))
+        self.schema = make_schema(given)
+        self.learner = Learner(given, self.schema, torch.device("cpu"))
         self.letters = Letters()
         self.metrics = TrainerMetrics()
         self.parts = Parts(self.source, self.learner, self.store, self.letters, self.metrics)  # type: ignore[arg-type]
@@ -89,7 +90,7 @@ class Trainer:
 
     def run(self, polls: int = 10**9) -> None:
         self.source.polls_left = polls
-        batcher = Batcher(make_schema(self.settings), self.settings.batch.size)
+        batcher = Batcher(self.schema, self.settings.batch.size)
         with self.store.lock():
             self.checkpoint.restore()
             train(self.parts, self.checkpoint, batcher, 600.0, self.source.stop)
@@ -129,10 +130,11 @@ def assert_same(left: Trainer, right: Trainer) -> None:
     assert all(torch.equal(state[name].nan_to_num(7e7), other[name].nan_to_num(7e7)) for name in state)
 
 
+@pytest.mark.parametrize("task", TASKS)
 def test_a_trainer_stopped_anywhere_ends_where_an_uninterrupted_one_does(
-    file: Path, tmp_path_factory: pytest.TempPathFactory
+    file: Path, tmp_path_factory: pytest.TempPathFactory, task: str
 ) -> None:
-    whole = Trainer(make_settings(tmp_path_factory.mktemp("store")), file)
+    whole = Trainer(make_settings(tmp_path_factory.mktemp("store"), **TASKS[task]), file)
     whole.run()
     part = whole.checkpoint.progress[0]
     assert (part.trained, part.rejected, part.next_offset) == (ROWS, 4, ROWS + 4)
@@ -142,7 +144,7 @@ def test_a_trainer_stopped_anywhere_ends_where_an_uninterrupted_one_does(
     @given(st.lists(st.integers(0, 12), min_size=1, max_size=3))
     @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
     def stopped_after(polls: list[int]) -> None:
-        given_settings = make_settings(tmp_path_factory.mktemp("store"))
+        given_settings = make_settings(tmp_path_factory.mktemp("store"), **TASKS[task])
         for count in polls:
             Trainer(given_settings, file).run(count)
         last = Trainer(given_settings, file)
@@ -156,12 +158,13 @@ def test_a_trainer_stopped_anywhere_ends_where_an_uninterrupted_one_does(
     stopped_after()
 
 
+@pytest.mark.parametrize("task", TASKS)
 def test_a_snapshot_torn_by_a_crash_is_passed_over_and_its_records_are_learned_again(
-    file: Path, tmp_path: Path
+    file: Path, tmp_path: Path, task: str
 ) -> None:
-    whole = Trainer(make_settings(tmp_path / "whole"), file)
+    whole = Trainer(make_settings(tmp_path / "whole", **TASKS[task]), file)
     whole.run()
-    given_settings = make_settings(tmp_path / "torn")
+    given_settings = make_settings(tmp_path / "torn", **TASKS[task])
     for polls in (5, 5):
         Trainer(given_settings, file).run(polls)
     store = SnapshotStore(given_settings.store.path)

@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 from tests.trainer.stream import CPU, make_batches, make_settings
 from trainer.cli_evaluate import _figure, evaluate
 from trainer.config import Settings
-from trainer.evaluation import balanced_mae, constant_balanced_mae, error_by_region, for_loss, run, summarise
+from trainer.evaluation import balanced_mae, constant_balanced_mae, error_by_region, for_loss, run
 from trainer.learner import Learner
 from trainer.schema import FeatureSchema
 
 
 def schema_of(given: Settings) -> FeatureSchema:
-    return FeatureSchema(given.record_schema, given.model.category_buckets)
+    return FeatureSchema.of(given)
 
 
 def test_metrics_are_those_of_the_definitions() -> None:
@@ -57,7 +57,7 @@ def test_an_evaluation_sees_what_the_trainers_own_metrics_see() -> None:
     whole = learner.read().metrics["whole"]
     assert sum(seen) == 40 * 32
     for balance in (0.0, 1.0):
-        found = summarise(answers, balance)
+        found = answers.summary(balance)
         assert found["mae"] == pytest.approx(whole[f"{balance:g}"]["mae"])
         assert found["log_score"] == pytest.approx(whole["log_score"], rel=1e-5)
     assert np.isfinite(answers.mean[0.5] if 0.5 in answers.mean else answers.mean[0.0]).all()

@@ -35,7 +35,7 @@ def settings_of(proposal: Proposal) -> Settings:
 
 
 def schema_of(given: Settings) -> FeatureSchema:
-    return FeatureSchema(given.record_schema, given.model.category_buckets)
+    return FeatureSchema.of(given)
 
 
 def look(table: Sequence[dict[str, Any]], label: str | None = "price") -> Proposal:

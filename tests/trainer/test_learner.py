@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import trainer.regression
-from tests.trainer.stream import CPU, make_batches, make_learner, make_settings
+from tests.trainer.stream import CLASSES, CPU, make_batches, make_learner, make_settings
 from trainer.batching import Batch
 from trainer.config import Settings
 from trainer.learner import Learner
@@ -27,6 +27,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gaussian bni": {"model": GAUSSIAN, "learner": {"loss": "bni"}},
     "gaussian mse": {"model": GAUSSIAN, "learner": {"loss": "mse"}},
     "a buffer of one batch": {"learner": {"replay_rows": 32, "label_memory": 32}},
+    "classes": CLASSES,
+    "classes, weighted": {**CLASSES, "learner": {"loss": "class_balanced", "class_weights": "effective"}},
+    "classes, two phases": {**CLASSES, "learner": {"loss": "influence_balanced", "influence_after": 130}},
 }
 BALANCED = {"mixture bmc": "density_bmc_loss", "gaussian bmc": "bmc_loss", "a buffer of one batch": "density_bmc_loss"}
 

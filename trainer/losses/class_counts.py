@@ -8,7 +8,7 @@ class ClassCounts(nn.Module):
     """Fading counts of C classes; a buffer, so that it is part of a snapshot. Nothing waits for the host.
 
     Args:
-        classes: C, at least 2.
+        classes: C to begin with; `grow` adds more.
         decay: What one row leaves of the counts before it, in (0, 1].
         floor: Counts below it are taken for it, above 0: otherwise one class of a few rows takes nearly all weight.
 
@@ -23,10 +23,14 @@ class ClassCounts(nn.Module):
 
     def __init__(self, classes: int, decay: float = 1 - 1e-5, floor: float = 10.0) -> None:
         super().__init__()
-        if classes < 2 or not 0 < decay <= 1 or not floor > 0:
-            raise ValueError(f"classes {classes} must be 2 or more, decay {decay} in (0, 1], floor {floor} above 0")
+        if classes < 0 or not 0 < decay <= 1 or not floor > 0:
+            raise ValueError(f"classes {classes} must be 0 or more, decay {decay} in (0, 1], floor {floor} above 0")
         self.decay, self.floor = decay, floor
         self.register_buffer("counts", torch.zeros(classes, dtype=torch.float64))
+
+    def grow(self, classes: int) -> None:
+        """Makes room for classes up to a number, none of them seen yet."""
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(classes - len(self.counts))])
 
     @torch.no_grad()
     def observe(self, target: Tensor) -> None:

@@ -8,16 +8,22 @@ Source: Park, Lim, Jeon, Choi, "Influence-Balanced Loss for Imbalanced Visual Cl
 with h the features that the last layer sees. Plain cross-entropy comes first; the loss is for the second phase.
 """
 
+from typing import Final, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.losses.class_counts import ClassCounts
-from trainer.losses.classification import class_rows
+from trainer.losses.classification import class_rows, cross_entropy_loss
 from trainer.losses.rows import Reduction, finite_rows, reduce_rows
 
 EPSILON = 1e-3
 ALPHA = 1000.0
+FAST_SHARE: Final = 0.01  # of one step in a running mean over a hundred steps
+SLOW_SHARE: Final = 0.002  # over five hundred
+LEAST_STEPS: Final = 500  # before a plateau is looked for
+PLATEAU_RATIO: Final = 0.95  # of the recent loss to the one before
+SMALLEST_MEAN: Final = 1e-12
 
 
 def influence_balanced_loss(
@@ -103,35 +109,62 @@ class IBLoss(nn.Module):
 
 
 class StreamIBLoss(nn.Module):
-    """Both phases on a stream: cross-entropy for the first rows, then influence-balanced with online class weights.
+    """Both phases on a stream: cross-entropy first, then influence-balanced, brought to the scale of cross-entropy.
+
+    Alpha is the running mean of cross-entropy over that of the influence-balanced loss, so the loss, and with it the
+    size of the gradients, does not jump when the phase changes: an optimiser's running moments stay valid. Which phase
+    it is, is decided on the device.
 
     Args:
-        counts: Class counts; this module observes into them.
-        first_phase_rows: How many rows cross-entropy teaches first.
-        alpha: As in `influence_balanced_loss`.
+        after: How many rows cross-entropy teaches first; or `plateau`, until its running mean over a hundred steps is
+            no longer clearly below that over five hundred.
 
     Attributes:
         rows: 0-dim int64 buffer, rows observed.
+        steps: 0-dim int64 buffer, losses computed.
+        balanced: 0-dim bool buffer, whether the second phase has begun.
+        plain: 0-dim float32 buffer, running mean of cross-entropy over a hundred steps.
+        plain_before: The same over five hundred.
+        raw: 0-dim float32 buffer, running mean of the influence-balanced loss at alpha 1.
     """
 
     rows: Tensor
+    steps: Tensor
+    balanced: Tensor
+    plain: Tensor
+    plain_before: Tensor
+    raw: Tensor
 
-    def __init__(self, counts: ClassCounts, first_phase_rows: int, alpha: float = ALPHA) -> None:
+    def __init__(self, after: int | Literal["plateau"]) -> None:
         super().__init__()
-        self.counts, self.first_phase_rows, self.alpha = counts, first_phase_rows, alpha
-        self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
+        self.after = after
+        for name in ("rows", "steps"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("balanced", torch.zeros((), dtype=torch.bool))
+        for name in ("plain", "plain_before", "raw"):
+            self.register_buffer(name, torch.zeros(()))
 
-    def observe(self, target: Tensor) -> None:
-        """Take in the classes (B,) of fresh rows; replayed ones are not observed again."""
-        self.counts.observe(target)
-        self.rows += len(target)
+    @torch.no_grad()
+    def observe(self, rows: int) -> None:
+        """Take in that so many fresh rows came; replayed ones are not observed."""
+        self.rows += rows
+        if self.after == "plateau":
+            flat = (self.steps >= LEAST_STEPS) & (self.plain > PLATEAU_RATIO * self.plain_before)
+        else:
+            flat = self.rows > self.after
+        self.balanced |= flat
 
-    def forward(self, logits: Tensor, target: Tensor, features: Tensor) -> Tensor:
-        """Mean loss, 0-dim; which phase is decided on the device."""
-        balanced = influence_balanced_loss(
-            logits, target, features, class_weights=self.counts.weights().to(logits.dtype), alpha=self.alpha
-        )
-        clean, classes, keep = class_rows(logits, target)
-        plain = F.cross_entropy(clean, classes, reduction="none")
-        plain = reduce_rows(torch.where(keep, plain, 0), keep, "mean")
-        return torch.where(self.rows <= self.first_phase_rows, plain, balanced)
+    def forward(self, logits: Tensor, target: Tensor, features: Tensor, class_weights: Tensor) -> Tensor:
+        """Mean loss of logits (B, C), classes (B,) and features (B, H) at class weights (C,), 0-dim."""
+        raw = influence_balanced_loss(logits, target, features, class_weights=class_weights, alpha=1.0)
+        plain = cross_entropy_loss(logits, target)
+        with torch.no_grad():
+            self.steps += 1
+            for mean, value, share in (
+                (self.plain, plain, FAST_SHARE),
+                (self.plain_before, plain, SLOW_SHARE),
+                (self.raw, raw, FAST_SHARE),
+            ):
+                weight = (1 / self.steps).clamp(min=share)  # at first the plain mean of all steps
+                mean.copy_(torch.where(value.isfinite(), mean + weight * (value - mean), mean))
+        return torch.where(self.balanced, raw * (self.plain / self.raw.clamp(min=SMALLEST_MEAN)), plain)

@@ -44,6 +44,15 @@ def test_counts_fade_and_rare_classes_stay_on_the_floor() -> None:
     assert torch.equal(other.weights(), fading.weights())
 
 
+def test_counts_grow_and_a_class_without_rows_stands_on_the_floor() -> None:
+    counts = ClassCounts(0, decay=1.0, floor=1.0)
+    counts.grow(2)
+    counts.observe(torch.tensor([0, 0, 0, 1]))
+    counts.grow(3)
+    assert counts.counts.tolist() == [3, 1, 0]
+    torch.testing.assert_close(counts.log_prior().exp(), torch.tensor([3.0, 1.0, 1.0]) / 5)
+
+
 def test_effective_numbers_lie_between_equal_and_inverse_counts() -> None:
     counts = torch.tensor([100.0, 200.0, 50.0], dtype=torch.float64)
     torch.testing.assert_close(
@@ -80,19 +89,40 @@ def test_the_explainers_module_runs_with_ours() -> None:
         torch.testing.assert_close(criterion(logits, target, given), loss)
 
 
-def test_cross_entropy_teaches_first_then_influence_balances() -> None:
+def test_cross_entropy_teaches_first_then_influence_balances_at_its_scale() -> None:
     logits, target, features = batch()
-    criterion = StreamIBLoss(ClassCounts(5, floor=1.0), first_phase_rows=60)
+    weights = inverse_count_weights(torch.tensor([100.0, 200.0, 50.0, 10.0, 30.0], dtype=torch.float64))
+    criterion = StreamIBLoss(after=60)
     plain = F.cross_entropy(logits, target)
+    raw = influence_balanced_loss(logits, target, features, class_weights=weights)
     for _ in range(2):
-        criterion.observe(target)
-        torch.testing.assert_close(criterion(logits, target, features), plain)
-    criterion.observe(target)
-    balanced = influence_balanced_loss(logits, target, features, class_weights=criterion.counts.weights().double())
-    torch.testing.assert_close(criterion(logits, target, features), balanced)
-    other = StreamIBLoss(ClassCounts(5, floor=1.0), first_phase_rows=60)
+        criterion.observe(30)
+        torch.testing.assert_close(criterion(logits, target, features, weights), plain)
+    criterion.observe(30)
+    leaf = logits.clone().requires_grad_()
+    loss = criterion(leaf, target, features, weights)
+    torch.testing.assert_close(loss.detach(), plain)  # its mean over these rows, always the same, is that of the other
+    (ours,) = torch.autograd.grad(loss, leaf)
+    (theirs,) = torch.autograd.grad(
+        influence_balanced_loss(leaf, target, features, class_weights=weights) * plain / raw, leaf
+    )
+    torch.testing.assert_close(ours, theirs)
+    other = StreamIBLoss(after=60)
     other.load_state_dict(criterion.state_dict())
-    torch.testing.assert_close(other(logits, target, features), balanced)
+    torch.testing.assert_close(other(logits, target, features, weights), loss.detach())
+
+
+def test_the_second_phase_begins_where_the_loss_no_longer_falls() -> None:
+    _, target, features = batch()
+    criterion = StreamIBLoss(after="plateau")
+    weights = torch.ones(5, dtype=torch.float64)
+    began = []
+    for step in range(2600):
+        sure = 2 * min(1.0, step / 800)  # the loss falls for 800 steps
+        criterion(F.one_hot(target, 5).double() * sure, target, features, weights)
+        criterion.observe(1)
+        began += [step] if criterion.balanced else []
+    assert 800 < began[0] < 2500
 
 
 def test_logit_adjustment_answers_under_any_prior() -> None:
@@ -148,8 +178,8 @@ def test_rows_that_cannot_count_are_left_out(name: str) -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(ValueError, match="classes"):
-        ClassCounts(1)
+    with pytest.raises(ValueError, match="decay"):
+        ClassCounts(2, decay=0)
     with pytest.raises(ValueError, match="are not"):
         cross_entropy_loss(torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match="features"):
