@@ -273,7 +273,7 @@ def learned_prior(loss: str) -> LearnedPrior:
 def _noise(learner: LearnerSettings) -> NoiseSigma:
     if not LOSSES[learner.loss].balanced:
         # These losses do not use sigma, so the running residual itself is safe: nothing feeds back.
-        return NoiseSigma("adaptive", initial=1.0, share=0.999, bounds=PLAIN_SIGMA_BOUNDS)
+        return NoiseSigma("adaptive", initial=0.3, share=0.999, decay=0.95, bounds=PLAIN_SIGMA_BOUNDS)
     match learner.sigma:
         case "learned" | "adaptive":
             return NoiseSigma(learner.sigma)

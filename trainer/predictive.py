@@ -112,7 +112,8 @@ def predict(
     if not len(grid):
         return _head_alone(components, levels)
     mass = _masses(components, grid, learned_prior, balance)
-    return _answer(mass, mass.cumsum(1), grid, mass.new_tensor(levels) if levels else None, point)
+    answer = _answer(mass, mass.cumsum(1), grid, mass.new_tensor(levels) if levels else None, point)
+    return _around_location(answer, components, grid) if learned_prior == "stream" and balance == 0 else answer
 
 
 @torch.no_grad()
@@ -184,7 +185,9 @@ class GridDensity:
             point: the median or the mean.
         """
         if balance == 0:
-            return _answer(self.mass, self.cumulative, self.grid, ends, point)
+            answer = _answer(self.mass, self.cumulative, self.grid, ends, point)
+            stream = self.learned_prior == "stream"
+            return _around_location(answer, self.components, self.grid) if stream else answer
         tilt = balance * (self.grid.log_mask - self.grid.log_density)
         mass = self.mass * (tilt - tilt.max()).exp()
         lost = mass.sum(1) <= _RELIABLE_TOTAL
@@ -246,6 +249,20 @@ def _levels(interval: float | tuple[float, float] | None) -> tuple[float, ...]:
 def _check_balance(balance: float) -> None:
     if not 0 <= balance <= 1:
         raise ValueError(f"balance must be between 0 (the stream's prior) and 1 (all labels alike), not {balance}")
+
+
+def _around_location(answer: Predictive, components: Components, grid: LabelGrid) -> Predictive:
+    """The answer with the point that a plain loss learned, f(x), inside the range of labels.
+
+    Its Gaussian, of one width for all rows, is there for the interval. Cut off at the ends of the grid, it has median
+    and mean further in: for labels near an end, by a good part of that width.
+    """
+    location = (components.log_weights.exp() * components.means).sum(1).double()
+    location = location * components.label_sd + components.label_mean
+    point = torch.where(location.isfinite(), location.clamp(grid.edges[0], grid.edges[-1]), answer.point)
+    if answer.lower is None or answer.upper is None:
+        return Predictive(point)
+    return Predictive(point, torch.minimum(answer.lower, point), torch.maximum(answer.upper, point))
 
 
 def _log_tilt(grid: LabelGrid, learned_prior: LearnedPrior, balance: float) -> Tensor:

@@ -63,6 +63,22 @@ def test_an_evaluation_sees_what_the_trainers_own_metrics_see() -> None:
     assert np.isfinite(answers.mean[0.5] if 0.5 in answers.mean else answers.mean[0.0]).all()
 
 
+def test_a_plain_loss_is_compared_by_what_its_network_says() -> None:
+    given = for_loss(make_settings(), "mse")
+    batches = make_batches(given, 40 * 32)
+    answers = run(given, schema_of(given), batches, [0.0], CPU, lambda rows: None)
+    learner = Learner(given, schema_of(given), CPU)
+    locations = []
+    for batch in batches:
+        result = learner.step(batch)
+        if result is not None:
+            components = result.density.components
+            located = components.means[:, 0].double() * components.label_sd + components.label_mean
+            locations.append(located.clamp(result.density.grid.edges[0], result.density.grid.edges[-1]))
+    np.testing.assert_allclose(answers.median[0.0], np.concatenate(locations))
+    np.testing.assert_array_equal(answers.median[0.0], answers.mean[0.0])
+
+
 @pytest.mark.parametrize(("loss", "head"), [("mse", "gaussian"), ("nll", "mixture"), ("bmc", "mixture")])
 def test_a_compared_loss_gets_the_head_it_needs(loss: str, head: str) -> None:
     changed = for_loss(make_settings(), loss)
