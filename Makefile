@@ -11,13 +11,14 @@ KILLS      ?= 100
 RECORDS    ?= 200000
 PARTITIONS ?= 1
 SECONDS    ?= 3600
+SEEDS      ?= 3
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-serve bench-synthetic chaos faults fuzz soak test-compose up down clean
+.PHONY: help install demo test check format bench bench-bmc bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz soak test-compose up down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +57,12 @@ bench-serve: install ## POST /predict beside an echo, under overload, training a
 
 bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.synthetic $(json)
+
+bench-quality: install ## Errors on real streams beside plain losses, an hour (JSON=FILE ROWS=60000 SEEDS=3 STREAMS=a,b)
+	$(bin)/python -m tests.benchmarks.quality $(if $(ROWS),--rows $(ROWS)) --seeds $(SEEDS) $(if $(STREAMS),--streams "$(STREAMS)") $(json)
+
+bench-cold-start: install ## Errors on the first rows of streams with a hard start (JSON=FILE SEEDS=3)
+	$(bin)/python -m tests.benchmarks.cold_start --seeds $(SEEDS) $(json)
 
 chaos: install ## Kill trainers and compare with one undisturbed (KILLS=100 RECORDS=200000 PARTITIONS=1 JSON=FILE)
 	$(bin)/python -m tests.faults.chaos --kills $(KILLS) --records $(RECORDS) --partitions $(PARTITIONS) $(json)
