@@ -71,6 +71,7 @@ class Checkpoint:
         self._next_s = 0.0
         self._next_reading_s = 0.0
         self._failing = ""
+        self._drift_alarms = 0  # that have been said
         self._generation = 0
         self.progress: dict[int, PartitionProgress] = {}
         self.durable: Progress = {}
@@ -95,6 +96,7 @@ class Checkpoint:
                 "put the setting back, or give the new model its own store.url"
             ) from error
         self._generation = snapshot.manifest.generation
+        self._drift_alarms = snapshot.manifest.drift_alarms
         self._parts.metrics.resumed(snapshot.manifest)
         self.progress = dict(snapshot.manifest.partitions)
         self.durable = self.progress
@@ -157,7 +159,16 @@ class Checkpoint:
     def _read(self) -> None:
         self._next_reading_s = time.monotonic() + self._settings.trainer.metrics_interval_s
         learner, source = self._parts.learner, self._parts.source
-        self._parts.metrics.read(learner.read(), learner.steps, source.lag(self.progress), source.lost_records)
+        readings = learner.read()
+        self._parts.metrics.read(readings, learner.steps, source.lag(self.progress), source.lost_records)
+        if readings.drift_alarms > self._drift_alarms:
+            self._drift_alarms = readings.drift_alarms
+            log.warning(
+                "drift: the prequential error has risen",
+                samples=learner.samples,
+                alarms=readings.drift_alarms,
+                action=self._settings.learner.drift_action,
+            )
 
     def _start(self) -> None:
         began = time.monotonic()
@@ -232,6 +243,7 @@ class Checkpoint:
             noise_sigma_label_units=None if noise is None else noise.label_units,
             samples_per_second=self._parts.metrics.samples_per_second,
             nonfinite_steps=readings.nonfinite_steps,
+            drift_alarms=readings.drift_alarms,
             metrics=readings.metrics,
             newest=[Sample(time_s=t, label=y, prediction=p) for t, y, p in readings.newest],
             generation=self._generation,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainer.batching import Batch
 from trainer.class_calibration import LogitCalibration
 from trainer.class_metrics import MAJORITY, ClassMetrics, true_log_probability
-from trainer.class_model import Logits, build_class_model, classifier_state
+from trainer.class_model import COUNTS_DECAY, Logits, build_class_model, classifier_state
 from trainer.class_predictive import ClassPriors, class_log_probabilities
 from trainer.classes import names_from_tensor, names_to_tensor
 from trainer.config import Settings
@@ -25,7 +25,7 @@ from trainer.losses import (
 from trainer.model import averaged_state, load_averaged, unprefixed
 from trainer.prequential import BALANCES
 from trainer.schema import FeatureSchema
-from trainer.task import Noise, Tested
+from trainer.task import FORGETTING, Noise, Tested
 
 CALIBRATED: Final = ("focal", "influence_balanced")  # losses of which theory does not say what their logits carry
 HEALTHY_RATIO: Final = 1.05  # largest share of wrong answers beside that of always answering the majority
@@ -97,13 +97,18 @@ class Classification:
         self.prequential.observe(target, answers)
         if self._learner.loss in CALIBRATED:
             self.calibration.observe(logits, priors.log_stream, priors.seen, target)
-        return Tested(ClassResult(logits, priors), answers["0"].argmax(1), torch.stack(scores))
+        missing = 1 - true_log_probability(answers["0"], target).exp()
+        return Tested(ClassResult(logits, priors), answers["0"].argmax(1), torch.stack(scores), missing)
 
     def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
         """Takes a batch into the running statistics."""
         self.model.features.observe(numeric)
         self.model.labels.observe(label.long())
         self.phases.observe(len(batch))
+
+    def forget(self, fast: bool) -> None:
+        """The window of the class counts, as ever or `fast`."""
+        self.model.labels.decay = COUNTS_DECAY**FORGETTING if fast else COUNTS_DECAY
 
     def loss(self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor) -> tuple[Logits, Tensor]:
         """The logits of rows (B), and the configured loss."""

@@ -237,6 +237,17 @@ class LearnerSettings(_Table):
     metrics_fading: float = Field(
         default=0.9999, gt=0, lt=1, description="Weight that the fading prequential metrics keep per row."
     )
+    drift_threshold: float = Field(
+        default=500.0,
+        gt=0,
+        description="Drift alarm: rows whose prequential error is one standard deviation above what it was, or as many "
+        "more that are less so.",
+    )
+    drift_action: Literal["none", "learning_rate", "forget"] = Field(
+        default="none",
+        description="For 5,000 rows after an alarm: nothing, three times the learning rate, or a label density that "
+        "forgets eight times as fast.",
+    )
 
 
 class ModelSettings(_Table):

@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer.batching import Batch
 from trainer.classification import Classification
 from trainer.config import Settings
+from trainer.drift import PageHinkley
 from trainer.flat_weights import FlatWeights
 from trainer.model import prefixed, unprefixed
 from trainer.regression import Regression
@@ -22,6 +23,7 @@ from trainer.task import Network, Noise, Task
 
 SCORE_DECAY: Final = 0.9  # of the log scores by which the averaged or the current weights are chosen, per batch
 LOSS_WEIGHT: Final = 0.01  # of one step in the fading training loss
+DRIFT_RATE: Final = 3.0  # times the learning rate after a drift, where that is asked for
 AVERAGING_WARM_UP: Final = 10  # steps
 NEWEST_SAMPLES: Final = 100
 TASKS: Final[Mapping[str, Callable[[Settings, FeatureSchema, torch.device], Task]]] = {
@@ -44,6 +46,8 @@ class Readings(NamedTuple):
     train_loss: float | None  # fading mean, squared label standard deviations
     noise: Noise | None
     nonfinite_steps: int
+    drift_alarms: int
+    drift_statistic: float  # share of the threshold
     metrics: dict[str, Any]  # Task.metrics()
     healthy: bool  # whether the fading error is finite and not clearly worse than a constant answer's
     newest: list[tuple[float, float | str, float | str]]  # event time, label, prediction
@@ -55,6 +59,7 @@ class Learner:
     Attributes:
         task: the networks, and all that depends on what a label is.
         replay: the newest rows.
+        drift: whether the error has risen.
         steps: optimiser steps taken.
         samples: rows learned from (replayed ones not counted again).
     """
@@ -69,6 +74,7 @@ class Learner:
             self.task: Task = TASKS[settings.task](settings, schema, device)
         self._skips_on_device = device.type in ("cpu", "cuda")
         self._flatten()
+        self.drift = PageHinkley(learner.drift_threshold).to(device)
         self.replay = ReplayBuffer(learner.replay_rows, len(schema.numeric_columns), len(schema.buckets), device)
         self.steps = self.samples = self._batches = 0
         self._random = np.random.default_rng(settings.seed)
@@ -86,7 +92,11 @@ class Learner:
             FlatWeights([p for p in network.parameters() if id(p) not in own_rate])
             for network in (self.task.model, self.task.averaged)
         )
-        groups: list[dict[str, Any]] = [{"params": [self._weights.vector]}]
+        rate = self._settings.lr
+        adapts = self._settings.drift_action == "learning_rate"  # on the device, which is not waited for
+        groups: list[dict[str, Any]] = [
+            {"params": [self._weights.vector], "lr": torch.tensor(rate, device=self._device) if adapts else rate}
+        ]
         if self._sigma:
             groups.append({"params": [sigma for sigma, _ in self._sigma], "lr": self._settings.sigma_lr})
         self.optimizer = torch.optim.Adam(groups, lr=self._settings.lr, fused=self._skips_on_device)
@@ -139,6 +149,13 @@ class Learner:
     def _test(self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor) -> Any:
         """Predicts rows not yet learned from, and scores the predictions."""
         tested = self.task.test(batch, numeric, categorical, label, self._averaged_is_better())
+        self.drift.observe(tested.error)
+        match self._settings.drift_action:
+            case "learning_rate":
+                rate = self.optimizer.param_groups[0]["lr"]
+                rate.copy_(torch.where(self.drift.acting, DRIFT_RATE * self._settings.lr, self._settings.lr))
+            case "forget":
+                self.task.forget(bool(self.drift.acting))
         self._scores.mul_(SCORE_DECAY).add_(tested.scores)
         self._newest.append(Newest(batch.time_s, batch.label, tested.point))
         return tested.result
@@ -211,6 +228,8 @@ class Learner:
             train_loss=None if np.isnan(loss) else loss,
             noise=noise,
             nonfinite_steps=nonfinite_steps,
+            drift_alarms=int(self.drift.alarms),
+            drift_statistic=float(self.drift.statistic),
             metrics=metrics,
             healthy=self.task.is_healthy(fading, noise) if "0" in fading else nonfinite_steps == 0,
             newest=newest[-NEWEST_SAMPLES:],
@@ -232,6 +251,7 @@ class Learner:
             **self.task.state_dict(),
             "optimizer": optimizer,
             "replay": self.replay.state_dict(),
+            "drift": self.drift.state_dict(),
             "learner": {
                 "counts": torch.tensor([self.steps, self.samples, self._batches]),
                 "random": torch.frombuffer(bytearray(random), dtype=torch.uint8),
@@ -259,6 +279,7 @@ class Learner:
         groups = self.optimizer.state_dict()["param_groups"]  # learning rates are those of the configuration
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.replay.load_state_dict(unprefixed("replay", state))
+        self.drift.load_state_dict(unprefixed("drift", state))
         learner = unprefixed("learner", state)
         self.steps, self.samples, self._batches = learner["counts"].tolist()
         self._random.bit_generator.state = json.loads(learner["random"].numpy().tobytes())

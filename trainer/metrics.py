@@ -61,6 +61,8 @@ class TrainerMetrics:
         self._mae = gauge("prequential_mae", "Fading prequential mean absolute error, label units.", "shots", "balance")
         self._balanced = gauge("prequential_balanced_mae", "Fading prequential balanced MAE, label units.", "balance")
         self._coverage = gauge("prequential_coverage", "Share of labels in their 90% interval at balance 0, fading.")
+        self._drifts = counter("drift_alarms", "Times that the prequential error rose above what it had been.")
+        self._drift = gauge("drift_statistic", "How near the prequential error is to a drift alarm, which comes at 1.")
         self._nonfinite = counter("nonfinite_steps", "Steps left out because a loss or gradient was not finite.")
         self._snapshot_s = gauge("snapshot_seconds", "Time that the last snapshot took, copy and write.")
         self._snapshot_bytes = gauge("snapshot_bytes", "Size of the last snapshot.")
@@ -83,7 +85,11 @@ class TrainerMetrics:
 
     def resumed(self, manifest: Manifest) -> None:
         """Begins where a snapshot ended: counters count what this process does, as Prometheus expects."""
-        self._counted = {self._steps: manifest.step, self._nonfinite: manifest.nonfinite_steps}
+        self._counted = {
+            self._steps: manifest.step,
+            self._nonfinite: manifest.nonfinite_steps,
+            self._drifts: manifest.drift_alarms,
+        }
         self.newest_append_s = manifest.newest_append_s
 
     def trained(self, batch: Batch, seconds: float) -> None:
@@ -115,6 +121,8 @@ class TrainerMetrics:
             self._sigma.set(readings.noise.sigma)
             self._sigma_units.set(readings.noise.label_units)
         self._count(self._nonfinite, readings.nonfinite_steps)
+        self._count(self._drifts, readings.drift_alarms)
+        self._drift.set(readings.drift_statistic)
         self._count(self._lost, lost_records)
         for partition, records in lag.items():
             self._lag.labels(str(partition)).set(records)

@@ -11,7 +11,7 @@ from trainer.batching import Batch
 from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.heads import MixtureHead
-from trainer.label_density import LabelDensity, LabelGrid
+from trainer.label_density import WINDOW_LABELS, LabelDensity, LabelGrid
 from trainer.losses import (
     LabelHistogram,
     LabelMixture,
@@ -29,7 +29,7 @@ from trainer.model import averaged_state, build_model, inference_state, learned_
 from trainer.predictive import Components, GridDensity
 from trainer.prequential import BALANCES, MEDIAN, PrequentialMetrics
 from trainer.schema import FeatureSchema
-from trainer.task import Noise, Tested
+from trainer.task import FORGETTING, Noise, Tested
 
 INTERVAL: Final = 0.9
 GRID_EVERY: Final = 4  # batches between refreshes of the label density that answers are made with, once it is settled
@@ -111,7 +111,7 @@ class Regression:
         points = {name: answer.point for name, answer in answers.items()}
         points[MEDIAN] = natural.point.new_full((len(batch),), self._median)
         self.prequential.observe(batch.label, points, covered, score)
-        return Tested(StepResult(answering, score, covered), natural.point, means)
+        return Tested(StepResult(answering, score, covered), natural.point, means, (label - natural.point).abs())
 
     def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
         """Takes a batch into the running statistics; predictions in label units stay as they were (Pop-Art)."""
@@ -129,6 +129,10 @@ class Regression:
             grid = self.density.grid()
             self._median = _median(grid)
             self._grid = grid.to(self._device)
+
+    def forget(self, fast: bool) -> None:
+        """The window of the label density, as ever or `fast`."""
+        self.density.window_labels = WINDOW_LABELS / FORGETTING if fast else WINDOW_LABELS
 
     def loss(self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor) -> tuple[Mixture, Tensor]:
         """The mixtures of rows (B), and the configured loss; labels are in their own units."""

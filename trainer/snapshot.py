@@ -84,6 +84,7 @@ class Manifest(BaseModel):
     noise_sigma_label_units: float | None
     samples_per_second: float
     nonfinite_steps: int
+    drift_alarms: int = 0  # since the stream began
     metrics: dict[str, Any]  # prequential, see trainer.prequential
     newest: list[Sample]
     files: dict[str, FileEntry] = {}

@@ -5,11 +5,13 @@ owns the networks and all that depends on what a label is: its statistics, the l
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from trainer.batching import Batch
+
+FORGETTING: Final = 8.0  # times as fast is what is known of the labels forgotten after a drift, where that is asked for
 
 
 class Network(Protocol):
@@ -30,6 +32,7 @@ class Tested(NamedTuple):
     result: Any  # what evaluations read: a task's own form of all answers
     point: Tensor  # (B,) the answer at balance 0, in the label's numbers
     scores: Tensor  # (2,) float64, mean log scores of the current and the averaged weights, cut below
+    error: Tensor  # (B,) of the answer at balance 0, whose rise is drift; any unit
 
 
 class Noise(NamedTuple):
@@ -76,6 +79,9 @@ class Task(Protocol):
 
     def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
         """Takes rows into the running statistics; `batches` came before."""
+
+    def forget(self, fast: bool) -> None:
+        """Sets how fast what is known of the labels fades: as ever, or `fast` after a drift."""
 
     def loss(
         self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor

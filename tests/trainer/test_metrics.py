@@ -16,6 +16,8 @@ READINGS = Readings(
     train_loss=0.5,
     noise=Noise(0.3, 6.0),
     nonfinite_steps=2,
+    drift_alarms=1,
+    drift_statistic=0.25,
     metrics={
         "fading": {
             "rows": 9.0,
