@@ -8,7 +8,7 @@ import tomlkit
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from trainer.config import Settings
+from trainer.config import TASK_DEFAULTS, Settings, TaskName
 from trainer.proposal import Feature, Proposal
 
 WIDEST: Final = 44  # columns that a setting may take before its comment leaves the others' column
@@ -24,10 +24,17 @@ def config_text(proposal: Proposal, source: str, seen: str) -> str:
         source: name of the data file, for which the topic is called.
         seen: how much of the file was looked at, in a sentence.
     """
-    blocks = [_head(proposal, seen), _plain_settings(), _kafka(source), _schema(proposal), _features(proposal)]
+    task = [
+        line for name, line in _commented(Settings, proposal.task) if name != "task" or proposal.task == "regression"
+    ]
+    if proposal.task != "regression":
+        task.insert(0, _setting("task", proposal.task, "the label is a class"))
+    blocks = [_head(proposal, seen), _aligned(task), _kafka(source), _schema(proposal), _features(proposal)]
     tables = (name for name, field in Settings.model_fields.items() if _is_table(field.annotation))
     blocks += [
-        [f"[{name}]", *_aligned(_rest(name, set()))] for name in tables if name not in ("kafka", "record_schema")
+        [f"[{name}]", *_aligned(_rest(name, set(), proposal.task))]
+        for name in tables
+        if name not in ("kafka", "record_schema")
     ]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
@@ -43,10 +50,6 @@ def _head(proposal: Proposal, seen: str) -> list[str]:
     if proposal.notes:
         lines += ["#", "# To look at:", *(f"# - {_in_a_line(note)}." for note in proposal.notes)]
     return [*lines, "#", "# A line that begins with # says what holds without it."]
-
-
-def _plain_settings() -> list[str]:
-    return _aligned(line for _, line in _commented(Settings))
 
 
 def _kafka(source: str) -> list[str]:
@@ -67,7 +70,8 @@ def _schema(proposal: Proposal) -> list[str]:
         rows.append(("# time: no field has a time in ISO 8601 or milliseconds; that of the Kafka record is taken", ""))
     else:
         rows.append(_setting("time", proposal.time, proposal.time_comment))
-    return ["[schema]", *_aligned(rows)]
+    rest = _rest("record_schema", {"label", "id", "time", "features"}, proposal.task)
+    return ["[schema]", *_aligned(rows), *_aligned(rest)]
 
 
 def _features(proposal: Proposal) -> list[str]:
@@ -87,18 +91,19 @@ def _feature(feature: Feature) -> tuple[str, str]:
     return (f"# {left}" if feature.left_out else left), comment
 
 
-def _rest(table: str, without: set[str]) -> list[tuple[str, str]]:
+def _rest(table: str, without: set[str], task: TaskName = "regression") -> list[tuple[str, str]]:
     """The settings of a table that stay as they are."""
     annotation = Settings.model_fields[table].annotation
     assert isinstance(annotation, type)
     assert issubclass(annotation, BaseModel)
-    return [line for name, line in _commented(annotation) if name not in without]
+    return [line for name, line in _commented(annotation, task, table) if name not in without]
 
 
-def _commented(model: type[BaseModel]) -> Iterable[tuple[str, tuple[str, str]]]:
-    """The settings of a table with their defaults, each a comment that is TOML once it is none any more."""
+def _commented(model: type[BaseModel], task: TaskName, table: str = "") -> Iterable[tuple[str, tuple[str, str]]]:
+    """The settings of a table with the task's defaults, each a comment that is TOML once it is none any more."""
     for name, field in model.model_fields.items():
         default = field.get_default(call_default_factory=True)
+        default = TASK_DEFAULTS[task].get(table, {}).get(name, default)
         if default is PydanticUndefined or isinstance(default, BaseModel):
             continue
         description = field.description or ""

@@ -18,8 +18,12 @@ Floats = NDArray[np.float64]
 
 def strength(field: Field, kind: FeatureKind, target: Field) -> tuple[float, str]:
     """How much of the label a field gives away alone, from 0 to 1, and in words."""
-    assert target.numbers is not None
     both = field.present & target.present
+    if target.numbers is None:
+        if kind != "categorical" or field.codes is None or target.codes is None or both.sum() < LEAST_ROWS:
+            return 0.0, ""
+        told = _told(field.codes[both], target.codes[both])
+        return told, f"its categories tell {told:.1%} of the classes that are not the most frequent one"
     label = target.numbers[both]
     if len(label) < LEAST_ROWS or label.std() == 0:
         return 0.0, ""
@@ -43,7 +47,8 @@ def after(field: Field, time: Field, target: Field) -> tuple[float, float]:
     """How often a time is not before the event's, and the correlation of what lies between with the label."""
     assert field.times_s is not None
     assert time.times_s is not None
-    assert target.numbers is not None
+    if target.numbers is None:
+        return 0.0, 0.0
     both = field.present & time.present & target.present
     between = field.times_s[both] - time.times_s[both]
     if len(between) < LEAST_ROWS:
@@ -53,7 +58,8 @@ def after(field: Field, time: Field, target: Field) -> tuple[float, float]:
 
 def together(numeric: Sequence[Field], target: Field) -> list[str]:
     """A note where numeric fields, none of which is the label, give it together as a sum or a difference."""
-    assert target.numbers is not None
+    if target.numbers is None:
+        return []
     rows = np.logical_and.reduce([target.present, *(field.present for field in numeric)])
     label = target.numbers[rows]
     if len(numeric) < 2 or len(label) < max(LEAST_ROWS, 4 * len(numeric)) or label.std() == 0:
@@ -79,6 +85,18 @@ def _explained(codes: NDArray[np.int64], label: Floats) -> float:
     means = np.bincount(codes, label) / np.maximum(rows, 1)
     left = float(np.square(label - means[codes]).sum()) / (len(label) - groups)
     return max(0.0, 1 - left / float(label.var(ddof=1)))
+
+
+def _told(codes: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
+    """Share of the rows that the most frequent class gets wrong and the most frequent one of their category right."""
+    groups = len(np.unique(codes))
+    if len(classes) <= 2 * groups:
+        return 0.0
+    pairs, rows = np.unique(np.stack([codes, classes]), axis=1, return_counts=True)
+    most = np.zeros(int(codes.max()) + 1, dtype=np.int64)
+    np.maximum.at(most, pairs[0], rows)
+    wrong = len(classes) - int(np.bincount(classes).max())
+    return 1 - (len(classes) - int(most.sum())) / wrong if wrong else 0.0
 
 
 def _ranks(values: Floats) -> Floats:

@@ -3,12 +3,13 @@
 import difflib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.config import FeatureKind, FeatureSettings, ModelSettings
+from trainer.config import FeatureKind, FeatureSettings, ModelSettings, SchemaSettings, TaskName
 from trainer.errors import ConfigError
 from trainer.fields import Field, Sample, inspect, percent, shorten
 from trainer.leaks import after, strength, together
@@ -28,6 +29,8 @@ FEW_ROWS: Final = 1000
 NEARLY_UNIQUE: Final = 0.5  # distinct values a row: such categories hardly come back
 MANY_CATEGORIES: Final = 100
 MOST_BUCKETS: Final = 16_384
+MOST_CLASSES: Final = int(SchemaSettings.model_fields["max_classes"].default)
+FEW_VALUES: Final = 10  # of a whole number, which may then stand for classes
 LEAK: Final = 0.995  # of a correlation with the label, or the share of its variance that a category explains
 CLOSE: Final = 0.9
 CANDIDATES_SHOWN: Final = 12
@@ -48,6 +51,7 @@ class Feature(NamedTuple):
 class Proposal(NamedTuple):
     """What a configuration would say, with comments on each part."""
 
+    task: TaskName
     label: str
     label_comment: str
     id: str | None
@@ -66,14 +70,16 @@ def propose(sample: Sample, label: str | None) -> Proposal:
         label: the field to learn, None to find the one that is obviously meant.
 
     Raises:
-        ConfigError: there is no such label, or none that is obvious, or it is not numeric, or nothing to learn it from.
+        ConfigError: there is no such label, or none that is obvious, or it cannot be learned, or nothing tells of it.
     """
     if not sample.records:
         raise ConfigError("there are no records in the file")
     fields = inspect(sample)
     target, why = _label(fields, label)
-    assert target.numbers is not None
-    others = [field for field in fields if field is not target]
+    of_classes = _is_of_classes(target)
+    if of_classes:
+        target = replace(target, numbers=None)
+    others = [field for field in fields if field.name != target.name or field.problem]
     ids = [field for field in others if _is_id(field)]
     identity = max(ids, key=lambda field: bool(field.words() & ID_WORDS), default=None)
     times = [field for field in others if field not in ids and _kind(field) == "timestamp"]
@@ -102,8 +108,9 @@ def propose(sample: Sample, label: str | None) -> Proposal:
         *_general(sample, target),
     ]
     return Proposal(
+        "classification" if of_classes else "regression",
         target.name,
-        f"{_spread(target)}{f'; {percent(target.missing)} missing' if target.missing else ''}{why}",
+        f"{_told(target)}{f'; {percent(target.missing)} missing' if target.missing and not of_classes else ''}{why}",
         identity.name if identity else None,
         "another value in each row" if identity else "",
         time.name if time else None,
@@ -136,10 +143,18 @@ def _label_problem(field: Field) -> str:
         return f"it cannot be learned, as {field.problem}"
     if not field.present.any():
         return "no record has it"
-    if field.numbers is None or "numeric" not in field.kinds:
-        hint = _text_hint(field) or "only numbers can be learned"
-        return f"its values are not numbers ({field.seen('categorical')}); {hint}"
+    if not _is_of_classes(field):
+        return "all its values are the same" if len(field.texts) == 1 else ""
+    if field.numbers is None and (hint := _text_hint(field)):
+        return f"its values are text ({field.seen('categorical')}); {hint}"
+    if not field.kinds or len(field.texts) > min(MOST_CLASSES, NEARLY_UNIQUE * field.present.sum()):
+        return f"its values are neither numbers nor a few classes ({field.seen('categorical')})"
     return "all its values are the same" if len(field.texts) == 1 else ""
+
+
+def _is_of_classes(field: Field) -> bool:
+    """Whether a label is learned as classes: text, or true and false."""
+    return field.numbers is None or "numeric" not in field.kinds
 
 
 def _obvious_label(fields: Sequence[Field]) -> tuple[Field, str]:
@@ -149,7 +164,7 @@ def _obvious_label(fields: Sequence[Field]) -> tuple[Field, str]:
         if not _label_problem(field) and not _is_id(field) and _kind(field) == "numeric" and len(field.texts) > 2
     ]
     words = LABEL_WORDS - ({"y"} if any(field.name.lower() == "z" for field in fields) else set())
-    named = [field for field in possible if field.words() & words]
+    named = [field for field in fields if not _label_problem(field) and not _is_id(field) and field.words() & words]
     if len(named) == 1:
         return named[0], "; taken for its name"
     if len(possible) == 1:
@@ -157,7 +172,7 @@ def _obvious_label(fields: Sequence[Field]) -> tuple[Field, str]:
     if not possible:
         raise ConfigError("no field could be the label, as none is a number that varies; name one with --label")
     skewed_first = sorted(named or possible, key=_skewness, reverse=True)
-    lines = [f"  {shorten(field.name)}: {_spread(field)}" for field in skewed_first[:CANDIDATES_SHOWN]]
+    lines = [f"  {shorten(field.name)}: {_told(field)}" for field in skewed_first[:CANDIDATES_SHOWN]]
     more = len(skewed_first) - len(lines)
     raise ConfigError(
         "which field is to be learned? Give --label NAME; it could be (the most skewed first)\n"
@@ -173,8 +188,13 @@ def _spread(field: Field) -> str:
     return f"{known.min():.6g} to {known.max():.6g}, half below {middle:.6g}, 1% above {rare:.6g}"
 
 
+def _told(field: Field) -> str:
+    return field.seen("categorical") if _is_of_classes(field) else _spread(field)
+
+
 def _skewness(field: Field) -> float:
-    assert field.numbers is not None
+    if field.numbers is None:
+        return 0.0
     known = field.numbers[field.present]
     sd = float(known.std())
     return float(abs(np.mean(((known - known.mean()) / sd) ** 3))) if 0 < sd < np.inf else 0.0
@@ -318,6 +338,8 @@ def _general(sample: Sample, target: Field) -> list[str]:
     notes = []
     if len(sample.records) < FEW_ROWS:
         notes.append(f"only {len(sample.records)} rows were there to look at")
+    if target.whole and len(target.texts) <= FEW_VALUES:
+        notes.append(f'{shorten(target.name)} has {len(target.texts)} values: task = "classification" learns classes')
     if target.missing:
         notes.append(f"{percent(target.missing)} of the rows have no label, and become dead letters")
     if sample.uneven is not None:

@@ -27,7 +27,7 @@ from rich.table import Table
 from trainer.batching import Batch, Batcher, Record
 from trainer.config import Settings
 from trainer.datasets import DATASETS, FLIGHTS_FEATURES, FLIGHTS_LABEL, records
-from trainer.evaluation import averaged, for_loss, run, summarise
+from trainer.evaluation import averaged, for_loss, run
 from trainer.files import as_json
 from trainer.schema import FeatureSchema
 
@@ -88,7 +88,7 @@ def settings_of(label: str, features: Mapping[str, str]) -> Settings:
 
 def batches_of(settings: Settings, rows: Iterable[Mapping[str, Any]]) -> tuple[FeatureSchema, list[Batch]]:
     """Records as the learner takes them, with the schema that they were decoded by."""
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     batcher = Batcher(schema, settings.batch.size)
     batches = list(batcher.add(Record(0, n, 0.0, None, as_json(dict(row))) for n, row in enumerate(rows)))
     return schema, [*batches, batcher.flush()] if batcher.pending else batches
@@ -116,7 +116,7 @@ def measure(stream: Stream, rows: int, seeds: int, advance: Callable[[], None]) 
             chosen = variant.model_copy(update={"seed": seed})
             answers = run(chosen, schema, batches, balances, torch.device("cpu"), lambda learned: None)
             for balance in balances:
-                found = summarise(answers, balance)
+                found = answers.summary(balance)
                 runs.append({"variant": name, "seed": seed, "balance": balance, **found})
                 runs[-1]["rows_per_second"] = answers.rows_per_second
             advance()

@@ -22,7 +22,7 @@ from trainer.config import FeatureSettings, SchemaSettings, Settings, load
 from trainer.config_text import config_text, topic_name
 from trainer.datasets import DATASETS, FLIGHTS_FEATURES, FLIGHTS_LABEL, records
 from trainer.errors import ConfigError
-from trainer.evaluation import run, summarise
+from trainer.evaluation import run
 from trainer.fields import MOST_ROWS, draw_sample
 from trainer.files import Line, as_json, is_csv, read_lines, read_values
 from trainer.process import choose_device
@@ -117,8 +117,10 @@ def test_any_table_of_csv_gives_a_configuration_that_reads_its_rows(
     assert [schema.decode(value).label for value in read_values(path, schema)] == list(range(len(rows) + 2))
 
 
-def test_every_setting_is_there_with_its_default_and_is_toml_once_it_is_no_comment() -> None:
-    text = config_text(look([{"size": n % 7, "price": n % 5} for n in range(40)]), "data.jsonl", "Seen.")
+@pytest.mark.parametrize("label", ["price", "kind"])
+def test_every_setting_is_there_with_its_default_and_is_toml_once_it_is_no_comment(label: str) -> None:
+    rows = [{"size": n % 7, "price": n % 5, "kind": f"k{n % 3}"} for n in range(40)]
+    text = config_text(look(rows, label), "data.jsonl", "Seen.")
     chosen = Settings(**tomllib.loads(text))
     uncommented = re.sub(r"^# (?=\w+ = )", "", text, flags=re.M)
     assert Settings(**tomllib.loads(uncommented)) == chosen
@@ -143,6 +145,7 @@ TABLE = [
         "remark": f"left {number} boxes at the door of house {number}",
         "list": ["a"],
         "gone": None,
+        "amounts": f"{number % 9},5",
     }
     for number in range(600)
 ]
@@ -158,8 +161,10 @@ def test_kinds_and_roles_are_found() -> None:
         "sensors": "vector",
         "address.zip": "categorical",
         "address.city": "categorical",
+        "amounts": "categorical",
     }
-    assert (proposal.label, proposal.id, proposal.time) == ("price", "orderId", "placed_at")
+    assert (proposal.task, proposal.label) == ("regression", "price")
+    assert (proposal.id, proposal.time) == ("orderId", "placed_at")
     why = left_out(proposal)
     assert set(why) == {"orderId", "version", "remark", "list", "gone"}
     assert why["version"] == "it never changes"
@@ -235,6 +240,20 @@ def test_a_correlation_is_a_warning_and_no_more() -> None:
 # The label
 
 
+def test_a_label_of_text_or_truth_is_learned_as_classes() -> None:
+    rows = [{**row, "courier name": f"Mr {row['courier']}"} for row in TABLE]
+    for label in ("courier", "express"):
+        proposal = look(rows, label)
+        chosen = settings_of(proposal)
+        assert (chosen.task, chosen.learner.loss) == ("classification", "logit_adjusted")
+        schema = FeatureSchema.of(chosen)
+        assert all(schema.decode(as_json(row)).label >= 0 for row in rows)
+    assert "tell 100.0% of the classes" in left_out(look(rows, "courier"))["courier name"]
+    assert not left_out(look(TABLE, "courier")).get("items")
+    few = look([{"size": n % 7, "grade": n % 3} for n in range(99)], "grade")
+    assert 'grade has 3 values: task = "classification" learns classes' in few.notes
+
+
 @pytest.mark.parametrize(
     ("names", "found"), [(["a", "target"], "target"), (["x", "y"], "y"), (["kind", "size"], "size")]
 )
@@ -250,8 +269,8 @@ def test_an_obvious_label_is_found(names: list[str], found: str) -> None:
     [
         (None, r"Give --label NAME; it could be \(the most skewed first\)\n  (items|price): .*\n  (items|price): .*$"),
         ("prize", "there is no such field; did you mean price"),
-        ("courier", "its values are not numbers"),
-        ("express", "its values are not numbers"),
+        ("orderId", "its values are neither numbers nor a few classes"),
+        ("amounts", "its values are text .* they seem to be numbers"),
         ("version", "all its values are the same"),
         ("gone", "no record has it"),
         ("list", "it cannot be learned"),
@@ -303,7 +322,7 @@ def test_the_command_writes_a_file_once_and_says_what_to_look_at(tmp_path: Path)
     data.write_text("".join(json.dumps(record) + "\n" for record in TABLE))
     first = invoke(data, "--label", "price", "--out", out)
     assert first.exit_code == 0, first.output
-    assert "price from 7 fields, by 600 rows of my orders.jsonl" in first.output
+    assert "price from 8 fields, by 600 rows of my orders.jsonl" in first.output
     assert "look at it: only 600 rows" in first.output
     assert load(out).kafka.topic == "my-orders"
     again = invoke(data, "--label", "price", "--out", out)
@@ -387,6 +406,6 @@ def mae(given: Settings, rows: Sequence[dict[str, Any]]) -> float:
     batcher = Batcher(schema, given.batch.size)
     batches = list(batcher.add(Record(0, n, 0.0, None, as_json(row)) for n, row in enumerate(rows)))
     assert not any(batch.rejected for batch in batches)
-    error = summarise(run(given, schema, batches, [0.0], choose_device("cpu"), lambda rows: None), 0.0)["mae"]
+    error = run(given, schema, batches, [0.0], choose_device("cpu"), lambda rows: None).summary(0.0)["mae"]
     assert error is not None
     return error

@@ -13,6 +13,7 @@ from service.cli import app
 from service.predictor import load_predictor
 from tests.readme_tables import README
 from tests.trainer.stream import make_batches, make_learner, make_manifest, make_schema, make_settings, values
+from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.errors import ConfigError, SnapshotMismatch
 from trainer.model import build_model, load_inference
@@ -89,7 +90,7 @@ def test_a_service_loads_the_readmes_example_from_a_snapshot_and_answers_as_the_
     schema = make_schema(given)
     rows = [schema.decode_instance(value) for value in values(64, seed=2)]
     model = build_model(schema, given.model, given.learner).eval()
-    grid = load_inference(store.load(written.version, training=False).model, model)
+    grid = load_inference(store.load(written.version, training=False).model, model, LevelCalibration())
     density = model.components(
         model(torch.from_numpy(schema.numeric(rows)), torch.from_numpy(schema.categorical(rows)))
     )
