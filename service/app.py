@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from service import problems
+from service.answers import fresh_answering
 from service.auth import KeyCheck, Keys, load_keys
 from service.batcher import Batcher
 from service.metrics import CountRequests, ServiceMetrics
@@ -23,7 +24,6 @@ from service.security import SecurityHeaders
 from service.versions import Versions, versions_router
 from service.watcher import Watcher
 from trainer.config import ServiceSettings, Settings
-from trainer.model import build_model
 from trainer.schema import FeatureSchema
 from trainer.snapshot import SnapshotStore
 
@@ -36,7 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
     """
     torch.set_num_threads(settings.threads)
     schema = FeatureSchema.of(settings)
-    build_model(schema, settings.model, settings.learner)  # a body that cannot be made is said at once, not in a log
+    fresh_answering(schema, settings)  # a body that cannot be made is said at once, not in a log
     store = SnapshotStore(settings.store.path)
     watcher = Watcher(store, settings)
     versions = Versions(store, settings)

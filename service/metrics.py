@@ -10,6 +10,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.predictor import Predictor
+from trainer.class_metrics import RECALLS
+from trainer.class_metrics import SHOWN as CLASS_METRICS
 from trainer.prequential import SHOTS
 from trainer.snapshot import Manifest
 
@@ -135,7 +137,7 @@ _MODEL_GAUGES: Final[tuple[tuple[str, str, Callable[[Manifest], float | None]], 
     ("age_seconds", "Time since the snapshot in use was written.", lambda manifest: age_s(manifest)),
     (
         "healthy",
-        "1 if the model in use beats the running median, else 0.",
+        "1 if the model in use beats a constant answer (the running median, the majority), else 0.",
         lambda manifest: manifest.healthy,
     ),
     ("loss", "Training loss at the snapshot.", lambda manifest: manifest.train_loss),
@@ -177,3 +179,27 @@ def _prequential(metrics: Mapping[str, Any]) -> Iterable[GaugeMetricFamily]:
             balanced.add_metric([balance], answer["balanced_mae"])
     yield mae
     yield balanced
+    yield from _of_classes(window)
+
+
+def _of_classes(window: Mapping[str, Any]) -> Iterable[GaugeMetricFamily]:
+    for metric, text in CLASS_METRICS.items():
+        family = GaugeMetricFamily(
+            f"{PREFIX}model_prequential_{metric}", f"{text}, recent test-then-train.", labels=["balance"]
+        )
+        for balance in BALANCES:
+            value = (window.get(balance) or {}).get(metric)
+            if value is not None:
+                family.add_metric([balance], value)
+        yield family
+    recall = GaugeMetricFamily(
+        f"{PREFIX}model_prequential_recall",
+        "Recent mean recall of classes of test-then-train, by how common they are.",
+        labels=["shots", "balance"],
+    )
+    for balance in BALANCES:
+        for shots, name in RECALLS.items():
+            value = (window.get(balance) or {}).get(name)
+            if value is not None:
+                recall.add_metric([shots, balance], value)
+    yield recall

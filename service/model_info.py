@@ -21,8 +21,8 @@ class NewestSample(BaseModel):
     """A newest label beside what the model said before it learned it."""
 
     time_s: float = Field(description="Event time, seconds since the epoch.")
-    label: float
-    prediction: float
+    label: float | str
+    prediction: float | str
 
 
 class ModelResponse(BaseModel):
@@ -33,7 +33,7 @@ class ModelResponse(BaseModel):
     version: int
     created_s: float = Field(description="When the snapshot was written, seconds since the epoch.")
     age_s: float = Field(description="Seconds since then.")
-    healthy: bool = Field(description="Whether its recent error is better than the running median's.")
+    healthy: bool = Field(description="Whether its recent error is better than a constant answer's.")
     trouble: str | None = Field(description="Why the newest snapshot is not in use, or should not be.")
     pinned: int | None = Field(description="The version that the service stays with, null where it follows the newest.")
     step: int = Field(description="Optimiser steps taken.")
@@ -51,7 +51,7 @@ class ModelResponse(BaseModel):
     noise_sigma: float | None = Field(description="Label standard deviations.")
     noise_sigma_label_units: float | None
     nonfinite_steps: int = Field(description="Steps left out because their loss or gradient was not finite.")
-    metrics: dict[str, Any] = Field(description="Prequential errors: by window, then by balance, in label units.")
+    metrics: dict[str, Any] = Field(description="Prequential metrics: by window, then by balance.")
     newest: list[NewestSample]
 
 

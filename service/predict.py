@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from urllib.parse import parse_qs
 
 import msgspec
@@ -30,7 +30,7 @@ from service.problems import (
     described,
     failure_response,
 )
-from service.schemas import PredictResponse, request_model
+from service.schemas import request_model, response_model
 from service.security import SECURITY_HEADERS
 from service.versions import LARGEST_VERSION, VersionNumber, Versions
 from service.watcher import Watcher
@@ -249,7 +249,7 @@ def _is_json(content_type: bytes) -> bool:
 
 def predict_route(settings: Settings) -> APIRoute:
     """POST /predict as the API's description has it, and other methods' 405."""
-    body_type = request_model(settings.record_schema, settings.service)
+    body_type = request_model(settings)
 
     def predict(
         body: body_type,  # type: ignore[valid-type]
@@ -258,7 +258,7 @@ def predict_route(settings: Settings) -> APIRoute:
             int,  # noqa: RUF013
             Query(ge=1, le=LARGEST_VERSION, description="Answer by this kept version instead of the one in use."),
         ] = None,  # type: ignore[assignment]
-    ) -> PredictResponse:
+    ) -> Any:
         """Predicts the label of one record, or of many in `instances`, all by the same version of the model."""
         raise NotImplementedError("the endpoint answers")
 
@@ -269,6 +269,6 @@ def predict_route(settings: Settings) -> APIRoute:
         operation_id="predict",
         summary="Predict labels",
         tags=["predict"],
-        response_model=PredictResponse,
+        response_model=response_model(settings),
         responses=described(400, 401, 404, 408, 409, 413, 415, 422, 503),
     )

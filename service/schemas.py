@@ -8,9 +8,10 @@ from typing import Annotated, Any, Final
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from service.predictor import Asked, Question
+from service.answers import Asked
+from service.predictor import Question
 from service.problems import INVALID, NOT_JSON, Fault, Problem
-from trainer.config import FeatureSettings, SchemaSettings, ServiceSettings
+from trainer.config import FeatureSettings, SchemaSettings, ServiceSettings, Settings
 from trainer.errors import RecordError
 from trainer.predictive import Point
 from trainer.schema import FLOAT32_MAX, Columns, FeatureSchema, explain
@@ -23,6 +24,12 @@ EXAMPLE_VECTOR: Final = 32  # longer vectors are null in the example
 EARLIEST_MS: Final = -62_135_596_800_000  # the year 1
 LATEST_MS: Final = 253_402_300_799_999  # the end of the year 9999
 
+# What a request may ask beside its balance: name, type, default.
+ASKED_OF_NUMBERS: Final = (
+    ("interval", Annotated[float, msgspec.Meta(ge=NARROWEST_INTERVAL, le=WIDEST_INTERVAL)] | None, None),
+    ("point", Point, "median"),
+)
+ASKED_OF_CLASSES: Final = (("top", Annotated[int, msgspec.Meta(ge=1)] | None, None),)
 Number = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 SCALAR: Final[Any] = str | float | bool
 
@@ -42,11 +49,11 @@ def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callab
                 Annotated[many, msgspec.Meta(min_length=1, max_length=settings.max_instances)],
             ),
             ("balance", Annotated[float, msgspec.Meta(ge=0, le=1)], settings.default_balance),
-            ("interval", Annotated[float, msgspec.Meta(ge=NARROWEST_INTERVAL, le=WIDEST_INTERVAL)] | None, None),
-            ("point", Point, "median"),
+            *(ASKED_OF_NUMBERS if schema.classes is None else ASKED_OF_CLASSES),
         ],
         forbid_unknown_fields=True,
     )
+    asked = [name for name in Asked._fields if name in request_type.__struct_fields__]
     decode_request = msgspec.json.Decoder(request_type).decode
     probe = msgspec.json.Decoder(_Probe).decode
     alone = Asked(settings.default_balance)
@@ -73,7 +80,7 @@ def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callab
             columns = schema.columns(request.instances)
         except RecordError as fault:
             raise _problem(fault, fault.field, fault.instance) from None
-        return Question(columns, Asked(request.balance, request.interval, request.point))
+        return Question(columns, Asked(**{name: getattr(request, name) for name in asked}))
 
     return decode
 
@@ -118,6 +125,17 @@ class PredictResponse(_Described):
     upper: list[float] | None = Field(default=None, description="Upper ends, where an interval was asked for.")
 
 
+class PredictClassesResponse(_Described):
+    """Predicted classes, in the order of the instances."""
+
+    predictions: list[str] = Field(description="The most probable class of each.")
+    balance: float = Field(description="The label prior that was used.")
+    model_version: int = Field(description="The snapshot that answered, all instances alike.")
+    probabilities: list[dict[str, float]] = Field(
+        description="Of the classes seen so far, from the most probable; all of them, or as many as `top` asked for."
+    )
+
+
 class FaultResponse(_Described):
     """One thing that is wrong with a request, and where."""
 
@@ -136,32 +154,43 @@ class ProblemResponse(_Described):
     errors: list[FaultResponse] | None = None
 
 
-def request_model(schema: SchemaSettings, settings: ServiceSettings) -> Any:
-    """The type of a body for POST /predict, as the schema makes it."""
+def request_model(settings: Settings) -> Any:
+    """The type of a body for POST /predict, as schema and task make it."""
+    schema, service = settings.record_schema, settings.service
     instance = _instance_model(schema)
     many: Any = GenericAlias(list, (instance,))
-    example = _example(schema)
-    request = create_model(
-        "PredictRequest",
-        __config__=ConfigDict(
-            extra="forbid", json_schema_extra={"examples": [{"instances": [example], "balance": 1.0, "interval": 0.9}]}
-        ),
-        __doc__="Records to predict for, without their label, and what to answer.",
-        instances=(many, Field(min_length=1, max_length=settings.max_instances)),
-        balance=(
-            Annotated[float, Field(ge=0, le=1)],
-            Field(default=settings.default_balance, description="Label prior: 0 the stream's own, 1 all labels alike."),
-        ),
-        interval=(
+    asked: dict[str, Any] = {
+        "interval": (
             Annotated[float, Field(ge=NARROWEST_INTERVAL, le=WIDEST_INTERVAL)] | None,
             Field(default=None, description="Probability of a central interval."),
         ),
-        point=(
+        "point": (
             Point,
             Field(default="median", description="Median: small absolute error; mean: small squared error."),
         ),
+    }
+    example: dict[str, Any] = {"instances": [_example(schema)], "balance": 1.0, "interval": 0.9}
+    if settings.task == "classification":
+        most = Field(default=None, description="Only the probabilities of so many classes, the most probable.")
+        asked = {"top": (Annotated[int, Field(ge=1)] | None, most)}
+        example = {"instances": [_example(schema)], "balance": 1.0, "top": 3}
+    request = create_model(
+        "PredictRequest",
+        __config__=ConfigDict(extra="forbid", json_schema_extra={"examples": [example]}),
+        __doc__="Records to predict for, without their label, and what to answer.",
+        instances=(many, Field(min_length=1, max_length=service.max_instances)),
+        balance=(
+            Annotated[float, Field(ge=0, le=1)],
+            Field(default=service.default_balance, description="Label prior: 0 the stream's own, 1 all labels alike."),
+        ),
+        **asked,
     )
     return request | instance
+
+
+def response_model(settings: Settings) -> type[BaseModel]:
+    """The type of an answer of POST /predict, as the task makes it."""
+    return PredictClassesResponse if settings.task == "classification" else PredictResponse
 
 
 def _instance_model(schema: SchemaSettings) -> type[BaseModel]:

@@ -32,11 +32,13 @@ class KeptModel(BaseModel):
 
     version: int
     created_s: float = Field(description="When it was written, seconds since the epoch.")
-    healthy: bool = Field(description="Whether its recent error is better than the running median's.")
+    healthy: bool = Field(description="Whether its recent error is better than a constant answer's.")
     samples: int = Field(description="Rows trained on.")
     train_loss: float | None
     mae: float | None = Field(description="Recent mean absolute error at balance 0, label units.")
     balanced_mae: float | None = Field(description="Recent mean absolute error over label regions alike, at balance 1.")
+    accuracy: float | None = Field(description="Recent share of rows answered right at balance 0, of classes.")
+    macro_recall: float | None = Field(description="Recent mean recall over classes at balance 1.")
     bytes: int = Field(description="Size of all its files.")
     copy_of: int | None = Field(description="The version that a rollback went back to.")
 
@@ -59,6 +61,8 @@ class ModelsResponse(BaseModel):
                             "train_loss": 0.61,
                             "mae": 11.5,
                             "balanced_mae": 24.7,
+                            "accuracy": None,
+                            "macro_recall": None,
                             "bytes": 2097152,
                             "copy_of": None,
                         }
@@ -191,6 +195,8 @@ def _summary(manifest: Manifest) -> KeptModel:
     return KeptModel(
         mae=(recent.get("0") or {}).get("mae"),
         balanced_mae=(recent.get("1") or {}).get("balanced_mae"),
+        accuracy=(recent.get("0") or {}).get("accuracy"),
+        macro_recall=(recent.get("1") or {}).get("macro_recall"),
         bytes=sum(file.bytes for file in manifest.files.values()),
         **manifest.model_dump(include={"version", "created_s", "healthy", "samples", "train_loss", "copy_of"}),
     )

@@ -114,7 +114,7 @@ class Watcher:
         if keys[0] in self._refused:
             return self._refused[keys[0]]
         if not self._is_healthy(keys[0]):
-            return f"snapshot {keys[0].version} is unhealthy: its recent error is no better than the running median's"
+            return f"snapshot {keys[0].version} is unhealthy: its recent error is no better than a constant answer's"
         return None
 
     def _candidates(self, keys: list[SnapshotKey]) -> Iterator[SnapshotKey]:

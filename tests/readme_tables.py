@@ -51,11 +51,10 @@ def metrics() -> Iterator[tuple[str, str, str, str]]:
     }
     for origin, registry in registries.items():
         for collector in list(registry._collector_to_names):
-            labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
             for family in collector.collect():
                 name = family.name + ("_total" if family.type == "counter" else "")
-                shown = labels or {"tailstream_model_prequential_mae": "`shots`, `balance`"}.get(name, "")
-                yield name, shown, origin, family.documentation
+                names = getattr(collector, "_labelnames", None) or getattr(family, "_labelnames", ())
+                yield name, ", ".join(f"`{label}`" for label in names), origin, family.documentation
 
 
 def with_tables(text: str) -> str:

@@ -19,7 +19,14 @@ MAJORITY: Final = "majority"  # always the class most often seen, its probabilit
 CONFIDENCE_BINS: Final = 15  # of equal width, for the calibration error
 LEAST_ROWS: Final = 0.5  # a class of which less is left in the fading window says nothing
 LEAST_LOG_PROBABILITY: Final = -20.0  # so that one class that nobody could know does not make a log loss infinite
-RECALLS: Final = ("many", "medium", "few")
+RECALLS: Final = {"many": "recall_many", "medium": "recall_medium", "few": "recall_few"}  # as in `SHOTS`
+SHOWN: Final = {
+    "accuracy": "Share of rows answered right",
+    "macro_recall": "Mean over classes of the share answered right",
+    "g_mean": "Geometric mean over classes of the share answered right",
+    "log_loss": "Mean of -log of the true class's probability, nats",
+    "calibration_error": "Expected calibration error of the probability of what is answered",
+}
 
 
 class ClassMetrics:
@@ -108,7 +115,7 @@ class ClassMetrics:
                 "accuracy": float(by_class[1 + i].sum()) / total,
                 "macro_recall": _mean(recall[here]),
                 "g_mean": _geometric_mean(recall[here]),
-                **{f"recall_{name}": _mean(recall[of]) for name, of in regions.items()},
+                **{RECALLS[shots]: _mean(recall[of]) for shots, of in regions.items()},
                 "log_loss": float(log_loss[i]) / total,
                 "calibration_error": float(np.abs(right - sure).sum() / binned.sum()),
             }

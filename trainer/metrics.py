@@ -7,6 +7,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from trainer.batching import Batch
+from trainer.class_metrics import RECALLS, SHOWN
 from trainer.errors import ConfigError
 from trainer.learner import Readings
 from trainer.prequential import SHOTS
@@ -38,7 +39,7 @@ class TrainerMetrics:
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(PREFIX + name, help, labels, registry=self.registry)
 
-        self._loss = gauge("train_loss", "Fading mean of the training loss, squared label standard deviations.")
+        self._loss = gauge("train_loss", "Fading mean of the training loss, squared label standard deviations or nats.")
         self._sigma = gauge("noise_sigma", "Noise that the model assumes, label standard deviations.")
         self._sigma_units = gauge("noise_sigma_label_units", "Noise that the model assumes, label units.")
         self._samples = counter("train_samples", "Rows learned from.")
@@ -63,6 +64,10 @@ class TrainerMetrics:
         self._coverage = gauge("prequential_coverage", "Share of labels in their 90% interval at balance 0, fading.")
         self._drifts = counter("drift_alarms", "Times that the prequential error rose above what it had been.")
         self._drift = gauge("drift_statistic", "How near the prequential error is to a drift alarm, which comes at 1.")
+        self._of_classes = {
+            name: gauge(f"prequential_{name}", f"{text}, fading.", "balance") for name, text in SHOWN.items()
+        }
+        self._recall = gauge("prequential_recall", "Mean recall of classes, fading.", "shots", "balance")
         self._nonfinite = counter("nonfinite_steps", "Steps left out because a loss or gradient was not finite.")
         self._snapshot_s = gauge("snapshot_seconds", "Time that the last snapshot took, copy and write.")
         self._snapshot_bytes = gauge("snapshot_bytes", "Size of the last snapshot.")
@@ -140,6 +145,12 @@ class TrainerMetrics:
     def _errors(self, fading: dict[str, Any]) -> None:
         for answer in ("0", "1"):
             errors = fading.get(answer, {})
+            for name, shown in self._of_classes.items():
+                if errors.get(name) is not None:
+                    shown.labels(answer).set(errors[name])
+            for shots, name in RECALLS.items():
+                if errors.get(name) is not None:
+                    self._recall.labels(shots, answer).set(errors[name])
             for shots, name in SHOTS.items():
                 if errors.get(name) is not None:
                     self._mae.labels(shots, answer).set(errors[name])

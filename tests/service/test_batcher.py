@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from service import batcher as batcher_module
+from service.answers import Asked
 from service.batcher import Batcher
-from service.predictor import Answer, Asked, Predictor, Question
+from service.predictor import Answer, Predictor, Question
 from service.problems import OVERLOADED, Problem
 from tests.service.conftest import running, until
 from tests.service.store import in_process, instance, make_settings, write_snapshot

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from service.predictor import Asked, Predictor, Question
+from service.answers import Asked
+from service.predictor import Predictor, Question
 from tests.service.conftest import running
 from tests.service.store import in_process, instance, make_settings, write_snapshot
 from trainer.calibration import LevelCalibration
@@ -122,7 +123,7 @@ def test_concurrent_requests_do_not_touch_each_other(
 def test_an_answer_depends_on_nothing_else_in_the_pass(
     settings: Settings, predictor: Predictor, rows: list[Row], parts: list[tuple[int, int, Asked]]
 ) -> None:
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
 
     def question(numbers: list[int], asked: Asked) -> Question:
         some = [rows[number % 200] for number in numbers]

@@ -52,7 +52,7 @@ def write_config(folder: Path, port: int, head: str = "mixture", service: str = 
 def write_model(settings: Settings, seed: int = 0) -> None:
     """Writes a model that has learned a little as the next version."""
     torch.manual_seed(seed)
-    schema = FeatureSchema(settings.record_schema, settings.model.category_buckets)
+    schema = FeatureSchema.of(settings)
     model = build_model(schema, settings.model, settings.learner)
     numeric = torch.randn(2048, len(FEATURES))
     label = 10 * numeric[:, 0] + 20 * torch.randn(2048).exp() + seed

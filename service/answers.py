@@ -1,0 +1,166 @@
+"""From a forward pass to what requests are told: the one place where serving depends on what a label is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, Self
+
+from torch import Tensor
+
+from trainer.calibration import LevelCalibration
+from trainer.class_model import ClassModel, build_class_model, load_classifier
+from trainer.class_predictive import ClassPriors, class_log_probabilities
+from trainer.config import Settings
+from trainer.label_density import LabelGrid
+from trainer.model import Model, build_model, learned_prior, load_inference
+from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
+from trainer.schema import FeatureSchema
+
+
+class Asked(NamedTuple):
+    """What is asked about rows."""
+
+    balance: float  # label prior of the answer: 0 the stream's own, 1 all labels alike
+    interval: float | None = None  # probability of a central interval, None for none; of numbers alone
+    point: Point = "median"  # of numbers alone
+    top: int | None = None  # how many classes are told the probability of, from the most probable; None for all
+
+
+class ClassPredictive(NamedTuple):
+    """Answers for B rows."""
+
+    label: Tensor  # (B,) int64 class
+    probabilities: Tensor  # (B, C) float64
+
+
+class Answering(Protocol):
+    """What a loaded model answers with; `Any` is the task's own form of a forward pass's outputs."""
+
+    def outputs(self, numeric: Tensor, categorical: Tensor) -> Any:
+        """What the network says of rows (B, F) and (B, C)."""
+
+    def select(self, outputs: Any, rows: Tensor) -> Any:
+        """The outputs of some rows, by their places."""
+
+    def answer(self, outputs: Any, rows: int, asked: Asked) -> Any:
+        """The answer for the first rows."""
+
+    def lists(self, answer: Any, asked: Asked) -> Mapping[str, Sequence[Any]]:
+        """An answer as the fields of a response, each with a value for each row."""
+
+
+@dataclass(frozen=True)
+class NumberAnswering:
+    """Labels are numbers: point and interval from a density, under any label prior."""
+
+    model: Model
+    grid: LabelGrid
+    calibration: LevelCalibration
+    learned_prior: LearnedPrior
+
+    @classmethod
+    def fresh(cls, schema: FeatureSchema, settings: Settings) -> Self:
+        """Of a model that has learned nothing."""
+        model = build_model(schema, settings.model, settings.learner)
+        return cls(model, LabelGrid.empty(), LevelCalibration(), learned_prior(settings.learner.loss))
+
+    def loaded(self, state: dict[str, Tensor]) -> Self:
+        """With the state of a snapshot, which fills the model at hand."""
+        grid = load_inference(state, self.model, self.calibration)
+        return type(self)(self.model.eval().requires_grad_(False), grid, self.calibration, self.learned_prior)
+
+    def outputs(self, numeric: Tensor, categorical: Tensor) -> Components:
+        """The head's density for rows."""
+        return self.model.components(self.model(numeric, categorical))
+
+    def select(self, outputs: Components, rows: Tensor) -> Components:
+        """The density of some rows."""
+        return Components(
+            outputs.log_weights[rows],
+            outputs.means[rows],
+            outputs.scales[rows],
+            outputs.label_mean,
+            outputs.label_sd,
+        )
+
+    def answer(self, outputs: Components, rows: int, asked: Asked) -> Predictive:
+        """Points and intervals of the first rows, label units."""
+        answer = predict(
+            outputs,
+            self.grid,
+            learned_prior=self.learned_prior,
+            balance=asked.balance,
+            point=asked.point,
+            interval=self._levels(asked),
+        )
+        if answer.lower is None or answer.upper is None:
+            return Predictive(answer.point[:rows])
+        return Predictive(answer.point[:rows], answer.lower[:rows], answer.upper[:rows])
+
+    def lists(self, answer: Predictive, asked: Asked) -> dict[str, list[float]]:
+        """Points, and the ends of intervals where they were asked for."""
+        columns = {"predictions": answer.point, "lower": answer.lower, "upper": answer.upper}
+        return {name: column.tolist() for name, column in columns.items() if column is not None}
+
+    def _levels(self, asked: Asked) -> tuple[float, float] | None:
+        """The levels of the ends of the interval asked for, as what happened on the stream has calibrated them."""
+        if asked.interval is None:
+            return None
+        lower, upper = self.calibration.ends(asked.interval, asked.balance).tolist()
+        return lower, upper
+
+
+@dataclass(frozen=True)
+class ClassAnswering:
+    """Labels are classes: the most probable one and the probabilities, under any label prior."""
+
+    model: ClassModel
+    names: Sequence[str]
+    priors: ClassPriors | None
+
+    @classmethod
+    def fresh(cls, schema: FeatureSchema, settings: Settings) -> Self:
+        """Of a model that has learned nothing."""
+        return cls(build_class_model(schema, settings.model), (), None)
+
+    def loaded(self, state: dict[str, Tensor]) -> Self:
+        """With the state of a snapshot, which fills the model at hand."""
+        names, priors = load_classifier(state, self.model)
+        return type(self)(self.model.eval().requires_grad_(False), names, priors)
+
+    def outputs(self, numeric: Tensor, categorical: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        logits: Tensor = self.model(numeric, categorical).values
+        return logits
+
+    def select(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """The logits of some rows."""
+        return outputs[rows]
+
+    def answer(self, outputs: Tensor, rows: int, asked: Asked) -> ClassPredictive:
+        """Labels and probabilities of the first rows."""
+        assert self.priors is not None
+        probabilities = class_log_probabilities(outputs.double(), self.priors, asked.balance).exp()[:rows]
+        return ClassPredictive(probabilities.argmax(1), probabilities)
+
+    def lists(self, answer: ClassPredictive, asked: Asked) -> dict[str, list[Any]]:
+        """Names of the labels, and probabilities by name from the most probable; classes never seen have none."""
+        assert self.priors is not None
+        count = int(self.priors.seen.sum())
+        top, order = answer.probabilities.sort(stable=True, dim=1, descending=True)
+        told = slice(min(asked.top or count, count))
+        return {
+            "predictions": [self.names[number] for number in answer.label.tolist()],
+            "probabilities": [
+                {self.names[number]: p for number, p in zip(numbers, of, strict=True)}
+                for numbers, of in zip(order[:, told].tolist(), top[:, told].tolist(), strict=True)
+            ],
+        }
+
+
+def fresh_answering(schema: FeatureSchema, settings: Settings) -> NumberAnswering | ClassAnswering:
+    """What answers for the configuration's task, with a model that has learned nothing.
+
+    Raises:
+        ConfigError: a body of the user's own cannot be used.
+    """
+    return (ClassAnswering if settings.task == "classification" else NumberAnswering).fresh(schema, settings)
