@@ -110,7 +110,7 @@ class Soak:
         assert self.trainer.stop() == 0
         store = SnapshotStore(self.settings.store.path)
         with store.lock():
-            snapshot, _ = store.newest(training=False)
+            snapshot, _ = store.newest(training=True)  # a roll back to a damaged one is refused
             if snapshot is not None:
                 store.rollback(snapshot.manifest.version)
         self.trainer = Trainer(self.config)
