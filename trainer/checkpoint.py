@@ -22,6 +22,7 @@ from trainer.source import RecordSource
 
 LARGEST_SHARE: Final = 0.05  # of the time, spent on saving
 RETRY_S: Final = 5.0  # after a save that failed
+LAST_RETRY_S: Final = 0.2  # the same when the trainer is about to stop
 
 log = structlog.get_logger()
 
@@ -41,6 +42,7 @@ class _Save(NamedTuple):
 
     future: Future["_Written"]
     progress: Progress
+    steps: int
     began_s: float
     copied_s: float  # how long training stood still for the copy
 
@@ -68,6 +70,7 @@ class Checkpoint:
         self._parts = parts
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._save: _Save | None = None
+        self._durable_steps = 0
         self._next_s = 0.0
         self._next_reading_s = 0.0
         self._failing = ""
@@ -99,7 +102,7 @@ class Checkpoint:
         self._drift_alarms = snapshot.manifest.drift_alarms
         self._parts.metrics.resumed(snapshot.manifest)
         self.progress = dict(snapshot.manifest.partitions)
-        self.durable = self.progress
+        self._note_durable(self.progress, self._parts.learner.steps)
         log.info("resumed", version=snapshot.manifest.version, samples=snapshot.manifest.samples)
         return snapshot.manifest
 
@@ -115,7 +118,9 @@ class Checkpoint:
         first_start = not self.progress
         self.progress = fresh | self.progress
         if first_start and self._settings.kafka.start == "earliest":
-            self.durable = self.progress  # a next start would begin there by itself, so there is nothing to save
+            self._note_durable(
+                self.progress, self._parts.learner.steps
+            )  # a next start would begin there by itself, so there is nothing to save
 
     def advance(self, batch: Batch) -> None:
         """Notes that the learner's state now covers a batch."""
@@ -128,29 +133,35 @@ class Checkpoint:
             self._finish(self._save)
         if now >= self._next_reading_s:
             self._read()
-        if self._save is None and self._is_due(now) and self.progress != self.durable:
+        if self._save is None and self._is_due(now) and self._is_behind:
             self._start()
+
+    @property
+    def _is_behind(self) -> bool:
+        """Whether the last durable snapshot lacks anything; replay changes the model without any progress."""
+        return self.progress != self.durable or self._parts.learner.steps != self._durable_steps
+
+    def _note_durable(self, progress: Progress, steps: int) -> None:
+        self.durable, self._durable_steps = progress, steps
 
     def _is_due(self, now: float) -> bool:
         return now >= self._next_s or (self._parts.dead_letters.full and not self._failing)
 
     def save(self) -> None:
-        """Makes everything learned durable, before the trainer stops.
+        """Makes everything learned durable, before the trainer stops; tries again for half of `trainer.stop_grace_s`.
 
         Raises:
             SnapshotError: it could not be; the last durable snapshot is what a next start goes on from.
         """
-        for _ in range(2):  # a save may be under way that lacks the newest batches
-            if self._save is not None:
-                self._finish(self._save)
-            if self.progress != self.durable:
-                self._start()
-        if self._save is not None:
-            self._finish(self._save)
-        if self.progress != self.durable:
-            raise SnapshotError(
-                f"what was learned since the last snapshot is lost, and will be repeated: {self._failing}"
-            )
+        until = time.monotonic() + self._settings.trainer.stop_grace_s / 2
+        while self._save is not None or self._is_behind:
+            self._finish(self._save or self._start())
+            if self._failing:
+                if time.monotonic() >= until:
+                    raise SnapshotError(
+                        f"what was learned since the last snapshot is lost, and will be repeated: {self._failing}"
+                    )
+                time.sleep(LAST_RETRY_S)
 
     def close(self) -> None:
         """Waits for a save that is under way: until then the store must not be let go of."""
@@ -170,12 +181,14 @@ class Checkpoint:
                 action=self._settings.learner.drift_action,
             )
 
-    def _start(self) -> None:
+    def _start(self) -> _Save:
         began = time.monotonic()
         state, model = self._parts.learner.state_dict(), self._parts.learner.inference_state()
         manifest = self._manifest()
         copied_s = time.monotonic() - began
-        self._save = _Save(self._writer.submit(self._write, manifest, model, state), self.progress, began, copied_s)
+        future = self._writer.submit(self._write, manifest, model, state)
+        self._save = _Save(future, self.progress, manifest.step, began, copied_s)
+        return self._save
 
     def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> _Written:
         """Writes a snapshot once its dead letters are safe, and prunes old ones; on the writer's thread."""
@@ -200,7 +213,7 @@ class Checkpoint:
             return
         cost_s = save.copied_s + processor_s
         self._next_s = save.began_s + max(self._settings.store.interval_s, cost_s / LARGEST_SHARE)
-        self.durable = save.progress
+        self._note_durable(save.progress, save.steps)
         self._parts.source.commit(save.progress)
         self._parts.metrics.saved(
             manifest.version, sum(f.bytes for f in manifest.files.values()), time.monotonic() - save.began_s

@@ -228,7 +228,12 @@ class LearnerSettings(_Table):
         default=0.98, ge=0, lt=1, description="Decay a step of the averaged weights kept beside the current ones."
     )
     step_rows: int = Field(default=64, ge=1, description="Rows of one optimiser step.")
-    replay_steps: int = Field(default=4, ge=0, description="Steps on rows of the replay buffer after each batch.")
+    replay_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default=4,
+        description="Steps on rows of the replay buffer after each batch. `auto` takes them while no batch is waiting, "
+        "up to two rows for each new one, and none while the trainer is behind; what is learned then depends on the "
+        "clock.",
+    )
     replay_rows: int = Field(default=16384, ge=1, description="Rows that the replay buffer holds.")
     label_memory: int = Field(
         default=512, ge=0, description="Labels of the replay buffer that join the balanced loss of each step."

@@ -85,6 +85,8 @@ def learned(
     for batch in batches:
         began = time.perf_counter()
         result = learner.step(batch)
+        while learner.may_replay:  # as in a trainer that always has the time
+            learner.replay_when_idle()
         watch.seconds += time.perf_counter() - began
         watch.rows += len(batch)
         progress(len(batch))

@@ -24,6 +24,8 @@ from trainer.task import Network, Noise, Task
 SCORE_DECAY: Final = 0.9  # of the log scores by which the averaged or the current weights are chosen, per batch
 LOSS_WEIGHT: Final = 0.01  # of one step in the fading training loss
 DRIFT_RATE: Final = 3.0  # times the learning rate after a drift, where that is asked for
+REPLAY_SHARE: Final = 2  # rows replayed for each new one, at most, where the time for it decides
+REPLAY_BACKLOG_STEPS: Final = 64  # replay steps that are made up for after a time without any
 AVERAGING_WARM_UP: Final = 10  # steps
 NEWEST_SAMPLES: Final = 100
 TASKS: Final[Mapping[str, Callable[[Settings, FeatureSchema, torch.device], Task]]] = {
@@ -76,7 +78,7 @@ class Learner:
         self._flatten()
         self.drift = PageHinkley(learner.drift_threshold).to(device)
         self.replay = ReplayBuffer(learner.replay_rows, len(schema.numeric_columns), len(schema.buckets), device)
-        self.steps = self.samples = self._batches = 0
+        self.steps = self.samples = self._batches = self._replay_rows_due = 0
         self._random = np.random.default_rng(settings.seed)
         self._own = np.zeros(learner.replay_rows, dtype=bool)
         self._scores = torch.zeros(2, dtype=torch.float64, device=device)  # of the current and the averaged weights
@@ -137,13 +139,35 @@ class Learner:
         rows = self._settings.step_rows
         for start in range(0, len(slots), rows):
             self._update(slots[start : start + rows])
-        for _ in range(self._settings.replay_steps):
-            self._update(self.replay.draw(rows, self._random))
-        for slow, fast in zip(self.averaged.body.buffers(), self.model.body.buffers(), strict=True):
-            slow.copy_(fast)  # a body's own running statistics are not averaged
+        if self._settings.replay_steps == "auto":
+            most = REPLAY_BACKLOG_STEPS * rows
+            self._replay_rows_due = min(self._replay_rows_due + REPLAY_SHARE * len(batch), most)
+        else:
+            for _ in range(self._settings.replay_steps):
+                self._update(self.replay.draw(rows, self._random))
+        self._follow_statistics()
         self.samples += len(batch)
         self._batches += 1
         return result
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether `replay_when_idle` has anything to do."""
+        return self._replay_rows_due >= self._settings.step_rows
+
+    def replay_when_idle(self) -> None:
+        """One step on older rows, where `replay_steps` is `auto` and not enough of them were taken yet."""
+        if not self.may_replay:
+            return
+        self._replay_rows_due -= self._settings.step_rows
+        self.model.train()
+        self._update(self.replay.draw(self._settings.step_rows, self._random))
+        self._follow_statistics()
+
+    def _follow_statistics(self) -> None:
+        """A body's own running statistics are not averaged."""
+        for slow, fast in zip(self.averaged.body.buffers(), self.model.body.buffers(), strict=True):
+            slow.copy_(fast)
 
     @torch.no_grad()
     def _test(self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor) -> Any:

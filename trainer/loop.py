@@ -20,7 +20,7 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
     """
     try:
         checkpoint.begin(parts.source.open(checkpoint.progress))
-        with prefetched(parts.source, batcher, max_wait_s) as batches:
+        with prefetched(parts.source, batcher, max_wait_s, lambda: parts.learner.may_replay) as batches:
             for batch in batches:
                 if batch is not None:
                     began = time.perf_counter()
@@ -28,6 +28,8 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
                     parts.learner.step(batch)
                     checkpoint.advance(batch)
                     parts.metrics.trained(batch, time.perf_counter() - began)
+                else:
+                    parts.learner.replay_when_idle()
                 checkpoint.tick()
                 while parts.dead_letters.full and not stop.wait(LETTERS_POLL_S):
                     checkpoint.tick()  # its saves send them

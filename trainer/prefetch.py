@@ -4,7 +4,7 @@ Batches carry their offsets: what is fetched and not yet trained is in no snapsh
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Full, Queue
 from typing import Final
@@ -20,10 +20,13 @@ End = BaseException | None  # what the thread ended with; None where the source 
 
 
 @contextmanager
-def prefetched(source: RecordSource, batcher: Batcher, max_wait_s: float) -> Iterator[Iterator[Batch | None]]:
+def prefetched(
+    source: RecordSource, batcher: Batcher, max_wait_s: float, busy: Callable[[], bool] = lambda: False
+) -> Iterator[Iterator[Batch | None]]:
     """Batches of an open source in order, and None when none came for a moment; ends with the source.
 
-    Errors of the source are raised once the batches before them are taken.
+    Errors of the source are raised once the batches before them are taken. While whoever takes them says that it is
+    `busy`, None comes at once where no batch is waiting.
     """
     ready: Queue[Batch | End] = Queue(BATCHES_AHEAD)
     stop = threading.Event()
@@ -51,16 +54,16 @@ def prefetched(source: RecordSource, batcher: Batcher, max_wait_s: float) -> Ite
     thread = threading.Thread(target=fetch, name="prefetch", daemon=True)
     thread.start()
     try:
-        yield _taken(ready)
+        yield _taken(ready, busy)
     finally:
         stop.set()
         thread.join(JOIN_S)
 
 
-def _taken(ready: "Queue[Batch | End]") -> Iterator[Batch | None]:
+def _taken(ready: "Queue[Batch | End]", busy: Callable[[], bool]) -> Iterator[Batch | None]:
     while True:
         try:
-            item = ready.get(timeout=LONGEST_POLL_S)
+            item = ready.get_nowait() if busy() else ready.get(timeout=LONGEST_POLL_S)
         except Empty:
             yield None
             continue

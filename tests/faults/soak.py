@@ -64,8 +64,12 @@ class Soak:
         self.trainer = Trainer(self.config)
 
     def trainer_stopped(self) -> None:
-        assert self.trainer.stop() == 0
+        self._stop()
         self.trainer = Trainer(self.config)
+
+    def _stop(self) -> None:
+        code = self.trainer.stop()
+        assert code == 0, f"exit code {code}: {self.trainer.log.read_text()[-3000:]}"
 
     def trainer_frozen(self) -> None:
         import os
@@ -96,7 +100,7 @@ class Soak:
         (self._disk / "ballast").unlink()
 
     def newest_snapshot_damaged(self) -> None:
-        assert self.trainer.stop() == 0
+        self._stop()
         store = SnapshotStore(self.settings.store.path)
         versions = store.versions()
         if len(versions) > 1:
@@ -107,7 +111,7 @@ class Soak:
         self.trainer = Trainer(self.config)
 
     def rolled_back(self) -> None:
-        assert self.trainer.stop() == 0
+        self._stop()
         store = SnapshotStore(self.settings.store.path)
         with store.lock():
             snapshot, _ = store.newest(training=True)  # a roll back to a damaged one is refused
@@ -123,7 +127,7 @@ class Soak:
             return progress(self.settings) >= self.sent
 
         wait_until(all_read, "all is read", timeout_s=600)
-        assert self.trainer.stop() == 0
+        self._stop()
         store = SnapshotStore(self.settings.store.path)
         part = store.manifest(store.versions()[-1]).partitions[0]
         letters = {letter.offset for letter in read_letters(self.settings.kafka)}

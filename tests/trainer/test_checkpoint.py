@@ -262,6 +262,21 @@ def test_where_a_first_start_begins_is_saved_unless_a_next_would_begin_there_too
         assert later.checkpoint.progress == (trainer.checkpoint.progress if versions else {})
 
 
+def test_what_was_replayed_while_nothing_came_is_saved_too(tmp_path: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path / "store", learner={"replay_steps": "auto"}), tmp_path / "none")
+    trainer.store.path.mkdir()
+    trainer.learn(make_batches(trainer.settings, ROWS)[0])
+    trainer.checkpoint.save()
+    fresh = trainer.store.manifest(trainer.store.versions()[-1])
+    while trainer.learner.may_replay:
+        trainer.learner.replay_when_idle()
+    trainer.checkpoint.save()
+    trainer.checkpoint.close()
+    replayed = trainer.store.manifest(trainer.store.versions()[-1])
+    assert (fresh.step, replayed.step) == (2, 2 + 4)
+    assert fresh.partitions == replayed.partitions
+
+
 def test_a_store_that_cannot_be_written_to_is_said_once_and_counted_while_training_goes_on(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +327,7 @@ def test_a_store_that_cannot_be_cleared_of_old_snapshots_still_takes_new_ones(
 
 
 def test_a_stop_that_cannot_save_is_an_error_and_not_a_clean_end(tmp_path: Path, file: Path) -> None:
-    trainer = Trainer(make_settings(tmp_path / "store"), file)
+    trainer = Trainer(make_settings(tmp_path / "store", trainer={"stop_grace_s": 0.5}), file)
     trainer.store.path.mkdir()
     first, second = make_batches(trainer.settings, 64)
     trainer.learn(first)
@@ -322,6 +337,20 @@ def test_a_stop_that_cannot_save_is_an_error_and_not_a_clean_end(tmp_path: Path,
     with pytest.raises(SnapshotError, match="No such file or directory"):
         trainer.checkpoint.save()
     trainer.checkpoint.close()
+
+
+def test_a_stop_waits_for_what_comes_back_in_time(tmp_path: Path, file: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path / "store"), file)
+    trainer.store.path.mkdir()
+    trainer.letters.away = True
+    trainer.learn(make_batches(trainer.settings, 32)[0])
+    back = threading.Timer(1.0, lambda: setattr(trainer.letters, "away", False))
+    back.start()
+    trainer.checkpoint.save()
+    back.join()
+    trainer.checkpoint.close()
+    assert trainer.store.manifest(trainer.store.versions()[-1]).samples == 32
+    assert trainer.value("snapshot_failures_total") > 0
 
 
 def test_when_the_source_fails_the_save_under_way_is_finished_before_the_store_is_let_go(

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gaussian bni": {"model": GAUSSIAN, "learner": {"loss": "bni"}},
     "gaussian mse": {"model": GAUSSIAN, "learner": {"loss": "mse"}},
     "a buffer of one batch": {"learner": {"replay_rows": 32, "label_memory": 32}},
+    "a higher rate after drift": {"learner": {"drift_action": "learning_rate"}},
     "classes": CLASSES,
     "classes, weighted": {**CLASSES, "learner": {"loss": "class_balanced", "class_weights": "effective"}},
     "classes, two phases": {**CLASSES, "learner": {"loss": "influence_balanced", "influence_after": 130}},
@@ -244,13 +245,29 @@ def test_every_fresh_row_is_trained_on_once_before_replay(monkeypatch: pytest.Mo
         np.testing.assert_allclose(fresh, batch.label, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "buffer" not in v])
+# Adam takes a learning rate from the device only in its fused form, which `meta` does not have.
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "buffer" not in v and "rate" not in v])
 def test_a_step_waits_for_the_device_nowhere(variant: str) -> None:
     """On the `meta` device a tensor has no values: whoever asks for one, or leaves one on the CPU, fails."""
     given_settings = settings_of(variant)
     batches = make_batches(given_settings, 3 * 32)
     learner = trained(given_settings, batches, torch.device("meta"))
     assert learner.steps == 3 * 4
+
+
+def test_replay_by_the_clock_takes_up_to_two_rows_for_each_new_one() -> None:
+    given_settings = make_settings(learner={"replay_steps": "auto", "step_rows": 16})
+    learner = make_learner(given_settings)
+    learner.replay_when_idle()
+    assert learner.steps == 0
+    for number, batch in enumerate(make_batches(given_settings, 3 * 32), 1):
+        learner.step(batch)
+        assert learner.steps == 2 * number  # the fresh rows alone
+    while learner.may_replay:
+        learner.replay_when_idle()
+    assert learner.steps == 3 * (2 + 4)
+    learner.replay_when_idle()
+    assert learner.steps == 3 * (2 + 4)
 
 
 def test_metrics_count_rows_that_were_predicted_before_they_were_learned() -> None:

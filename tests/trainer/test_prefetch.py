@@ -92,3 +92,20 @@ def test_leaving_ends_a_fetcher_that_waits_for_a_place() -> None:
         assert source.filled.wait(30)
         assert fetchers()
     assert not fetchers()
+
+
+def test_who_is_busy_does_not_wait_for_a_batch() -> None:
+    waiting = threading.Event()
+
+    def hold() -> None:
+        waiting.wait(30)
+
+    busy = True
+    with prefetched(Polled(1, hold), make_batcher(), 0.0, lambda: busy) as batches:
+        taken = [next(batches) for _ in range(10_000)]
+        assert sum(batch is not None for batch in taken) <= 1
+        assert taken[-1] is None
+        waiting.set()
+        busy = False
+        rest = list(batches)
+    assert sum(batch is not None for batch in [*taken, *rest]) == 1
