@@ -9,9 +9,10 @@ from typing import Final, NamedTuple
 from service.predictor import Answer, Predictor, Question
 from service.problems import NOT_READY, OVERLOADED, Problem
 
-PASS_ROWS: Final = 4096  # a pass takes no further request from here on; bounds its memory and its time
-INLINE_ROWS: Final = 256  # up to here a pass takes about a millisecond, and handing it to a thread costs more
-MOST_WAITING_ROWS: Final = 16 * PASS_ROWS  # about a second of work; rows are what waiting requests hold in memory
+PASS_ROWS: Final = 1024  # a pass takes no request that would make it larger: it ends within some 5 ms
+# A pass in a thread of its own would wait for the interpreter at each of its operations while the event loop is busy.
+INLINE_ROWS: Final = 1024
+MOST_WAITING_ROWS: Final = 65_536  # about a second of work; rows are what waiting requests hold in memory
 
 
 class _Waiting(NamedTuple):
@@ -121,8 +122,9 @@ class Batcher:
     def _take(self) -> list[_Waiting]:
         taken: list[_Waiting] = []
         rows = 0
-        while self._waiting and rows < PASS_ROWS:
-            if taken and self._waiting[0].predictor is not taken[0].predictor:
+        while self._waiting:
+            following = self._waiting[0]
+            if taken and (following.predictor is not taken[0].predictor or rows + following.question.rows > PASS_ROWS):
                 break
             waiting = self._waiting.popleft()
             self._waiting_rows -= waiting.question.rows

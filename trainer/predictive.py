@@ -306,10 +306,11 @@ def _masses(components: Components, grid: LabelGrid, learned_prior: LearnedPrior
         _write_mixture(parameters[:, rows], centres, log_tilt, term, out=mass[rows])
     total = mass.sum(1)
     lost = ~((total > _RELIABLE_TOTAL) & (total < math.inf))
-    marginal = _log_marginal(grid, balance)
     if mass.device.type != "cpu":  # which is not waited for, and has the time
+        marginal = _log_marginal(grid, balance)
         return torch.where(lost[:, None], _careful_masses(parameters, centres, log_tilt, marginal), mass)
     if bool(lost.any()):
+        marginal = _log_marginal(grid, balance)
         mass[lost] = _careful_masses(parameters[:, lost], centres, log_tilt, marginal)
     return mass
 

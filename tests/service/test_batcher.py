@@ -49,7 +49,7 @@ def batcher_of(predictor: object, max_queue: int = 1000) -> Batcher:
     return Batcher(lambda: predictor, max_queue)  # type: ignore[arg-type, return-value]
 
 
-@pytest.mark.parametrize("rows", [1, batcher_module.INLINE_ROWS], ids=["inline", "in the thread"])
+@pytest.mark.parametrize("rows", [1, batcher_module.PASS_ROWS // 7])
 def test_what_waits_is_one_pass(predictor: Predictor, rows: int) -> None:
     passes = Passes(predictor)
 
