@@ -46,9 +46,11 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(watcher.start)
+        refreshing = asyncio.create_task(_refresh(metrics, settings.service.poll_interval_s))
         try:
             yield
         finally:
+            refreshing.cancel()
             await asyncio.to_thread(watcher.stop)
             endpoint.close()
             batcher.close()
@@ -85,6 +87,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(SecurityHeaders)
     _describe(app, keys)
     return app
+
+
+async def _refresh(metrics: ServiceMetrics, interval_s: float) -> None:
+    while True:
+        metrics.refresh()
+        await asyncio.sleep(interval_s)
 
 
 def _keys(settings: ServiceSettings) -> Keys | None:

@@ -19,11 +19,18 @@ register(app)
 
 @app.command()
 @explained
-def serve(config: ConfigFile) -> None:
+def serve(
+    config: ConfigFile,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that answer; else service.workers.")] = None,
+) -> None:
     """Answer predictions over HTTP from the newest snapshot, until SIGTERM or Ctrl-C."""
     from service.serve import serve as run
 
-    run(load_settings(config))
+    settings = load_settings(config)
+    if workers is not None:
+        service = settings.service.model_copy(update={"workers": workers})
+        settings = settings.model_copy(update={"service": service})
+    run(settings)
 
 
 @app.command()

@@ -1,15 +1,18 @@
 """GET /metrics: the service's own counters, and what the manifest of the model in use says of the trainer."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.predictor import Predictor
+from service.workers import SHARED_COUNTERS
 from trainer.class_metrics import RECALLS
 from trainer.class_metrics import SHOWN as CLASS_METRICS
 from trainer.prequential import SHOTS
@@ -25,7 +28,7 @@ class ServiceMetrics:
     """All metrics of one service, in a registry of their own.
 
     Attributes:
-        registry: what to render.
+        registry: what is rendered.
         predictions: instances answered.
     """
 
@@ -37,34 +40,45 @@ class ServiceMetrics:
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, that nobody reads
         self.registry = CollectorRegistry()
-        self.predictions = Counter(f"{PREFIX}predictions", "Instances answered.", registry=self.registry)
-        queue = Gauge(f"{PREFIX}predict_queue_length", "Requests that wait for a forward pass.", registry=self.registry)
-        queue.set_function(queue_length)
-        stays = Gauge(
-            f"{PREFIX}model_pinned", "1 if the service stays with a pinned version, else 0.", registry=self.registry
+        counted = self.registry
+        if os.environ.get(SHARED_COUNTERS):  # counts go to files, and what is rendered is the sum over all workers
+            counted = CollectorRegistry()
+            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
+        self.predictions = Counter(f"{PREFIX}predictions", "Instances answered.", registry=counted)
+        self._queue_length = queue_length
+        self._queue = Gauge(
+            f"{PREFIX}predict_queue_length",
+            "Requests that wait for a forward pass.",
+            registry=counted,
+            multiprocess_mode="livesum",
         )
-        stays.set_function(lambda: float(pinned() is not None))
         self._requests = Counter(
             f"{PREFIX}http_requests",
             "HTTP requests answered, by route, method and status.",
             ["handler", "method", "status"],
-            registry=self.registry,
+            registry=counted,
         )
         self._durations = Histogram(
             f"{PREFIX}http_request_duration_seconds",
             "Time from a request's first byte to its answer's last, by route and method.",
             ["handler", "method"],
             buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
+            registry=counted,
         )
         self._keys = Counter(
-            f"{PREFIX}api_key_requests",
-            "Requests let in, by the name of their API key.",
-            ["key"],
-            registry=self.registry,
+            f"{PREFIX}api_key_requests", "Requests let in, by the name of their API key.", ["key"], registry=counted
         )
         self._counted: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self.registry.register(ModelCollector(predictor))
+        self.registry.register(ModelCollector(predictor, pinned))
+
+    def refresh(self) -> None:
+        """Notes how many requests wait, for the worker that is asked for the metrics of all."""
+        self._queue.set(self._queue_length())
+
+    def render(self) -> bytes:
+        """All metrics as Prometheus reads them."""
+        self.refresh()
+        return generate_latest(self.registry)
 
     def observe(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Counts one answered request."""
@@ -116,11 +130,17 @@ class CountRequests:
 class ModelCollector(Collector):
     """Reads the manifest of the model in use at the moment of the scrape."""
 
-    def __init__(self, predictor: Callable[[], Predictor | None]) -> None:
+    def __init__(self, predictor: Callable[[], Predictor | None], pinned: Callable[[], int | None]) -> None:
         self._predictor = predictor
+        self._pinned = pinned
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Metrics of the model; their names without values while there is none."""
+        yield GaugeMetricFamily(
+            f"{PREFIX}model_pinned",
+            "1 if the service stays with a pinned version, else 0.",
+            value=float(self._pinned() is not None),
+        )
         predictor = self._predictor()
         manifest = None if predictor is None else predictor.manifest
         for name, help_text, read in _MODEL_GAUGES:

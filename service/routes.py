@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.staticfiles import StaticFiles
 
@@ -90,7 +90,7 @@ def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) 
     )
     async def get_metrics() -> Response:
         """Metrics of the service, and of the trainer as the newest snapshot has them."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 

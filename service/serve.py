@@ -8,7 +8,6 @@ from typing import Final
 import structlog
 import uvicorn
 
-from service.app import create_app
 from service.auth import check_reach
 from trainer.config import Settings
 from trainer.errors import ConfigError, TailstreamError
@@ -26,35 +25,52 @@ def serve(settings: Settings) -> None:
         ConfigError: the address cannot be bound, or may not without API keys; or the application cannot be made.
     """
     check_reach(settings.service)
-    listener = bind(settings.service.host, settings.service.port)
-    with listener:
-        server = uvicorn.Server(
-            uvicorn.Config(
-                create_app(settings),
-                loop="uvloop",
-                http="httptools",
-                ws="none",
-                lifespan="on",
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                proxy_headers=False,  # nothing here depends on who asks
-                backlog=BACKLOG,
-                timeout_graceful_shutdown=STOP_S,
-            )
-        )
+    workers = settings.service.workers
+    with bind(settings.service.host, settings.service.port) as listener:
+        log.info("serving", url=url(listener), store=str(settings.store.path), workers=workers)
+        if workers == 1:
+            answer_at(listener, settings)
+        else:
+            from service.workers import serve_by_workers
 
-        # uvicorn raises the signal again once it has stopped; a handler of our own makes that an orderly return.
-        def stop(number: int, frame: FrameType | None) -> None:
-            server.should_exit = True
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
-        log.info("serving", url=url(listener), store=str(settings.store.path))
-        server.run(sockets=[listener])
-        if not server.started and not server.should_exit:
-            raise TailstreamError("the service could not be started; the log says why")
+            serve_by_workers(settings, listener, workers)
     log.info("stopped")
+
+
+def answer_at(listener: socket.socket, settings: Settings) -> None:
+    """Answers at a socket, in this process, until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the application cannot be made.
+        TailstreamError: the server could not be started.
+    """
+    from service.app import create_app  # and torch, which a process that only watches workers does without
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create_app(settings),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,  # nothing here depends on who asks
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=STOP_S,
+        )
+    )
+
+    # uvicorn raises the signal again once it has stopped; a handler of our own makes that an orderly return.
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    server.run(sockets=[listener])
+    if not server.started and not server.should_exit:
+        raise TailstreamError("the service could not be started; the log says why")
 
 
 def bind(host: str, port: int) -> socket.socket:

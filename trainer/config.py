@@ -326,6 +326,9 @@ class ServiceSettings(_Table):
 
     host: str = Field(default="127.0.0.1", description="Address to bind.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to bind; 0 takes a free one.")
+    workers: int = Field(
+        default=1, ge=1, le=256, description="Processes that answer; each loads the model and may keep one core busy."
+    )
     default_balance: float = Field(
         default=0.5, ge=0, le=1, description="Label prior of an answer that asks for none: 0 the stream's, 1 balanced."
     )

@@ -157,7 +157,11 @@ def test_what_was_given_up_is_in_no_pass_and_takes_no_place(predictor: Predictor
         assert len(batcher) == 1
         also = batcher.ask(question(7))
         passes.go.set()
-        assert [len((await answer).predictions) for answer in (first, kept, also)] == [257, 5, 7]
+        assert [len((await answer).predictions) for answer in (first, kept, also)] == [
+            batcher_module.INLINE_ROWS + 1,
+            5,
+            7,
+        ]
         assert given_up.cancelled()
         assert passes.sizes == [1, 2]
         batcher.close()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -34,6 +35,13 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def process(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    with started(settings) as process:
+        yield process
+
+
+@contextmanager
+def started(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    """A service in a process of its own; killed at the end if it still runs."""
     with subprocess.Popen(
         [sys.executable, "-W", "error", "-c", PROGRAM],
         stdin=subprocess.PIPE,
