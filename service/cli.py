@@ -1,5 +1,6 @@
 """The console script `tailstream`: the trainer's commands, and those that start processes."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,14 @@ import typer
 
 from trainer.cli import register
 from trainer.command import ConfigFile, explained, load_settings
+
+
+class Task(StrEnum):
+    """What a demo learns."""
+
+    regression = "regression"
+    classification = "classification"
+
 
 app = typer.Typer(
     help="Train on a Kafka stream with a balanced loss; serve predictions from a model that is seconds old.",
@@ -36,25 +45,29 @@ def serve(
 @app.command()
 @explained
 def demo(
-    rows: Annotated[int | None, typer.Option(min=1, help="Flights to publish; all 327,346 by default.")] = None,
+    task: Annotated[
+        Task, typer.Option(help="Delays of 327,346 flights (a number), or species of 30,738 rodents (a class).")
+    ] = Task.regression,
+    rows: Annotated[int | None, typer.Option(min=1, help="Records to publish; all by default.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Records a second at most.")] = None,
     bootstrap_servers: Annotated[str | None, typer.Option(help="A Kafka to use; by default one is started.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the service.")] = 8000,
     data_dir: Annotated[Path | None, typer.Option(help="Empty folder to keep; a temporary one by default.")] = None,
-    inject_bad: Annotated[int, typer.Option(min=0, help="Broken records to publish among the flights.")] = 0,
+    inject_bad: Annotated[int, typer.Option(min=0, help="Broken records to publish among them.")] = 0,
     kill_trainer_at: Annotated[
         int | None, typer.Option(min=1, help="SIGKILL the trainer after this many rows.")
     ] = None,
     exit_when_done: Annotated[bool, typer.Option("--exit-when-done", help="End when all is learned.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a summary there.", dir_okay=False)] = None,
 ) -> None:
-    """Watch a model learn a year of flight delays from a Kafka stream, and ask it for predictions."""
+    """Watch a model learn a data set from a Kafka stream, and ask it for predictions."""
     from service.children import stop_as_by_ctrl_c
     from service.demo import DemoOptions, run_demo
 
     stop_as_by_ctrl_c()
     run_demo(
         DemoOptions(
+            task=task.value,
             rows=rows,
             rate=rate,
             bootstrap_servers=bootstrap_servers,

@@ -1,4 +1,4 @@
-"""`tailstream demo`: a broker, a trainer, a service and a year of flights, started, watched and stopped together."""
+"""`tailstream demo`: a broker, a trainer, a service and a data set, started, watched and stopped together."""
 
 import itertools
 import json
@@ -21,8 +21,9 @@ from rich.table import Table
 from service.broker import EmbeddedBroker, free_port
 from service.children import Child
 from service.serve import bind
-from trainer.config import Settings, load
-from trainer.datasets import FLIGHTS_FEATURES, FLIGHTS_LABEL, flights, records
+from service.stories import STORIES, Story
+from trainer.config import Settings, TaskName, load
+from trainer.datasets import records
 from trainer.dead_letter import HEADER_PREFIX
 from trainer.errors import ConfigError, DemoError, SnapshotCorrupt, TailstreamError
 from trainer.files import as_json
@@ -36,22 +37,13 @@ ANSWER_S: Final = 30.0  # to wait for the first prediction once records have bee
 TRAINER_STOP_S: Final = 25.0
 SERVICE_STOP_S: Final = 12.0
 QUIET_S: Final = 2.0  # without a dead letter: all have been read
-BAD_RECORDS: Final = (
-    b"this is not JSON",
-    b'{"arr_delay": "late", "dep_delay": 3}',
-    b'{"dep_delay": 3, "carrier": "UA"}',
-    b'{"arr_delay": null, "dep_delay": 3}',
-    b'{"arr_delay": 12, "dep_delay": "three"}',
-    b'{"arr_delay": 1e999}',
-    b'[{"arr_delay": 12}]',
-    b'{"arr_delay": 12, "carrier": {"code": "UA"}}',
-)
 
 
 @dataclass(frozen=True)
 class DemoOptions:
     """What `tailstream demo` can be told; see its `--help`."""
 
+    task: TaskName = "regression"
     rows: int | None = None
     rate: float | None = None
     bootstrap_servers: str | None = None
@@ -73,13 +65,15 @@ class Summary:
     first_prediction_s: float | None = None  # since the command began
     mae_balance_0: float | None = None  # minutes, prequential, whole stream
     balanced_mae_balance_1: float | None = None
+    accuracy_balance_0: float | None = None  # of classes
+    macro_recall_balance_1: float | None = None
     samples_per_second: float = 0.0  # learned, from the first record sent to the last one learned
     restarts: int = 0
     orphans: int = 0
 
 
 def run_demo(options: DemoOptions) -> Summary:
-    """Runs the demo to its end: all flights learned, then Ctrl-C (or at once with `exit_when_done`).
+    """Runs the demo to its end: all records learned, then Ctrl-C (or at once with `exit_when_done`).
 
     Raises:
         ConfigError: an option cannot be used, a port is taken, or the extra `demo` is not installed.
@@ -112,6 +106,7 @@ class _Demo:
 
     def __init__(self, options: DemoOptions, folder: Path, summary: Summary, console: Console) -> None:
         self.options = options
+        self.story: Story = STORIES[options.task]
         self.folder = folder
         self.summary = summary
         self.console = console
@@ -135,11 +130,11 @@ class _Demo:
             broker = EmbeddedBroker(self.folder / "broker.log")
             stack.callback(broker.stop)
             self._broker = self._watch(broker.process)
-            servers, topic = broker.bootstrap_server, "flights"
+            servers, topic = broker.bootstrap_server, self.story.topic
         self.config = self.folder / "tailstream.toml"
-        self.config.write_text(config_text(servers, topic, self.folder, self.options.port))
+        self.config.write_text(config_text(self.options.task, servers, topic, self.folder, self.options.port))
         self.settings = load(self.config)
-        create_topic(self.settings.kafka, topic, partitions=1)  # one: flights are learned in the order of departure
+        create_topic(self.settings.kafka, topic, partitions=1)  # one: the order is the data set's
         self._trainer = self._start_trainer()
         stack.callback(self._stop_trainer)
         self._service = self._child("service", "service", "serve")
@@ -183,17 +178,17 @@ class _Demo:
         self.summary.published = sent
 
     def _values(self) -> Iterator[bytes]:
-        frame = flights().iloc[: self.options.rows]
+        frame = self.story.frame().iloc[: self.options.rows]
         self._total = len(frame) + self.options.inject_bad
         every = max(1, len(frame) // self.options.inject_bad) if self.options.inject_bad else 0
-        bad = itertools.islice(itertools.cycle(BAD_RECORDS), self.options.inject_bad)
+        bad = itertools.islice(itertools.cycle(self.story.bad), self.options.inject_bad)
         for number, record in enumerate(records(frame)):
             if self._stop_publishing.is_set():
                 return
             if every and number % every == 0:
                 yield from itertools.islice(bad, 1)
             if self._first_instance is None:
-                self._first_instance = {name: v for name, v in record.items() if name in FLIGHTS_FEATURES}
+                self._first_instance = self.story.instance(record)
             yield as_json(record)
         yield from bad
 
@@ -270,8 +265,7 @@ class _Demo:
         progress.update(sent, completed=self.summary.published, total=total)
         note = ""
         if manifest is not None:
-            natural, balanced = _error(manifest, "0", "mae"), _error(manifest, "1", "balanced_mae")
-            note = f"MAE {natural:.2f} min, balanced {balanced:.2f}" if natural and balanced else ""
+            note = self.story.note(manifest.metrics["whole"])
         progress.update(learned, completed=done, total=total, note=note)
 
     # The end
@@ -281,8 +275,9 @@ class _Demo:
         summary.published = self._total
         summary.trained = sum(part.trained for part in manifest.partitions.values())
         summary.samples_per_second = round(summary.trained / elapsed, 1)
-        summary.mae_balance_0 = _error(manifest, "0", "mae")
-        summary.balanced_mae_balance_1 = _error(manifest, "1", "balanced_mae")
+        for field, (answer, metric) in self.story.summary.items():
+            value = manifest.metrics["whole"].get(answer, {}).get(metric)
+            setattr(summary, field, None if value is None else round(value, 4))
         expected = sum(part.rejected for part in manifest.partitions.values())
         summary.dead_lettered = count_dead_letters(self.settings, expected)
         self._last = manifest
@@ -290,14 +285,14 @@ class _Demo:
     def report(self) -> None:
         """Prints the prequential metrics, and where everything is."""
         whole = self._last.metrics["whole"]
-        table = Table(title="Prequential error, minutes (each flight predicted before it is learned)")
-        for heading in ("answer", "MAE", "RMSE", "balanced MAE", "many", "medium", "few"):
+        story = self.story
+        table = Table(title=story.title)
+        for heading in ("answer", *story.metrics.values()):
             table.add_column(heading, justify="left" if heading == "answer" else "right")
-        names = {"0": "balance 0", "1": "balance 1", "median": "running median"}
-        for answer, name in names.items():
-            errors = whole.get(answer, {})
-            keys = ("mae", "rmse", "balanced_mae", "mae_many", "mae_medium", "mae_few")
-            table.add_row(name, *(_figure(errors.get(key)) for key in keys))
+        for answer, name in story.answers.items():
+            found = whole.get(answer, {})
+            cells = ("-" if (value := found.get(key)) is None else f"{value:{story.digits}}" for key in story.metrics)
+            table.add_row(name, *cells)
         self.console.print(table)
         summary = self.summary
         self.console.print(
@@ -317,23 +312,22 @@ class _Demo:
         return f"http://127.0.0.1:{self.options.port}"
 
 
-def config_text(servers: str, topic: str, folder: Path, port: int) -> str:
+def config_text(task: TaskName, servers: str, topic: str, folder: Path, port: int) -> str:
     """The demo's configuration, as a user would write it."""
-    features = "\n".join(f'{name} = "{kind}"' for name, kind in FLIGHTS_FEATURES.items())
+    story = STORIES[task]
+    features = "\n".join(f'{name} = "{kind}"' for name, kind in story.features.items())
+    named = "" if task == "regression" else f'task = "{task}"\n\n'
     return f"""\
-[kafka]
+{named}[kafka]
 bootstrap_servers = {json.dumps(servers.split(","))}
 topic = "{topic}"
 
 [schema]
-label = "{FLIGHTS_LABEL}"
-id = "flight_id"
-time = "time_hour"
-
+{story.schema}
 [schema.features]
 {features}
 
-[store]
+{story.tables}[store]
 url = {json.dumps(str(folder / "snapshots"))}
 
 [trainer]
@@ -389,15 +383,6 @@ def _newest(store: SnapshotStore) -> Manifest | None:
 
 def _consumed(manifest: Manifest) -> int:
     return sum(part.trained + part.rejected + part.skipped for part in manifest.partitions.values())
-
-
-def _error(manifest: Manifest, answer: str, name: str) -> float | None:
-    value: float | None = manifest.metrics["whole"].get(answer, {}).get(name)
-    return None if value is None else round(value, 4)
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _post(url: str, body: dict[str, Any] | None) -> Any:

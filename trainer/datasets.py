@@ -23,6 +23,12 @@ FLIGHTS_FEATURES: Final[dict[str, str]] = {
     **dict.fromkeys(("month", "yearday", "hour", "carrier", "origin", "dest"), "categorical"),
 }
 
+PORTAL_LABEL: Final = "species_id"
+PORTAL_FEATURES: Final[dict[str, str]] = {
+    **dict.fromkeys(("month", "plot_id", "sex", "plot_type"), "categorical"),
+    **dict.fromkeys(("day", "year", "hindfoot_length", "weight"), "numeric"),
+}
+
 
 def flights() -> "pd.DataFrame":
     """Flights that left New York City in 2013, their arrival delays in minutes (nycflights13; 327,346 rows).
@@ -71,8 +77,7 @@ def portal() -> "pd.DataFrame":
     rows = _rdataset("ratdat", "complete")
     rows = rows.dropna(subset=["hindfoot_length", "weight"])
     rows = rows.sort_values(["year", "month", "day", "record_id"], kind="stable").reset_index(drop=True)
-    features = ["month", "day", "year", "plot_id", "sex", "hindfoot_length", "weight", "plot_type"]
-    return rows[["record_id", *features, "species_id"]]
+    return rows[["record_id", *PORTAL_FEATURES, PORTAL_LABEL]]
 
 
 DATASETS: Final[dict[str, Callable[[], "pd.DataFrame"]]] = {

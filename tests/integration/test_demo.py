@@ -115,3 +115,18 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     assert demo.end() == 2
     assert "is not empty" in demo.said()
     assert [path.name for path in folder.iterdir()] == ["precious.txt"]
+
+
+def test_classes_are_learned_by_the_same_command(tmp_path: Path) -> None:
+    summary_file = tmp_path / "summary.json"
+    demo = Demo(
+        tmp_path,
+        *("--task", "classification", "--rows", "3000", "--inject-bad", "8", "--kill-trainer-at", "1000"),
+        *("--exit-when-done", "--json", str(summary_file)),
+    )
+    assert demo.end() == 0, demo.said()
+    summary = json.loads(summary_file.read_text())
+    assert (summary["published"], summary["trained"], summary["dead_lettered"]) == (3008, 3000, 8)
+    assert (summary["restarts"], summary["orphans"]) == (1, 0)
+    assert summary["accuracy_balance_0"] > 0.6
+    assert summary["macro_recall_balance_1"] > 0.2
