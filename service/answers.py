@@ -12,7 +12,7 @@ from trainer.class_predictive import ClassPriors, class_log_probabilities
 from trainer.config import Settings
 from trainer.label_density import LabelGrid
 from trainer.model import Model, build_model, learned_prior, load_inference
-from trainer.predictive import Components, LearnedPrior, Point, Predictive, predict
+from trainer.predictive import Components, LearnedPrior, Point, Predictive, cell_probabilities, predict
 from trainer.schema import FeatureSchema
 
 
@@ -100,6 +100,10 @@ class NumberAnswering:
         """Points, and the ends of intervals where they were asked for."""
         columns = {"predictions": answer.point, "lower": answer.lower, "upper": answer.upper}
         return {name: column.tolist() for name, column in columns.items() if column is not None}
+
+    def cells(self, outputs: Components, balance: float) -> Tensor:
+        """The probability of each cell of the grid: (B, G), rows summing to 1."""
+        return cell_probabilities(outputs, self.grid, learned_prior=self.learned_prior, balance=balance)
 
     def _levels(self, asked: Asked) -> tuple[float, float] | None:
         """The levels of the ends of the interval asked for, as what happened on the stream has calibrated them."""

@@ -16,9 +16,12 @@ from service import problems
 from service.answers import fresh_answering
 from service.auth import KeyCheck, Keys, load_keys
 from service.batcher import Batcher
+from service.density import density_router
+from service.live import Live
 from service.metrics import CountRequests, ServiceMetrics
+from service.page import mounts, page_facts, page_router
 from service.predict import PredictEndpoint, Service, predict_route
-from service.routes import mounts, page_router, state_router
+from service.routes import not_ready_because, state_router
 from service.schemas import FaultResponse, ProblemResponse, question_decoder
 from service.security import SecurityHeaders
 from service.versions import Versions, versions_router
@@ -42,6 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
     versions = Versions(store, settings)
     batcher = Batcher(lambda: watcher.predictor, settings.service.max_queue)
     metrics = ServiceMetrics(lambda: watcher.predictor, lambda: len(batcher), lambda: watcher.pinned)
+    live = Live(watcher, page_facts(settings), lambda: not_ready_because(watcher, settings))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -70,14 +74,16 @@ def create_app(settings: Settings) -> FastAPI:
             Exception: problems.answer_failure,
         },
     )
+    app.state.live = live
     keys = _keys(settings.service)
-    app.predict = endpoint = PredictEndpoint(
-        watcher, batcher, versions, question_decoder(schema, settings.service), keys, settings.service, metrics
-    )
+    decode = question_decoder(schema, settings.service)
+    app.predict = endpoint = PredictEndpoint(watcher, batcher, versions, decode, keys, settings.service, metrics)
     app.router.routes.insert(0, predict_route(settings))
+    if settings.task == "regression":
+        app.include_router(density_router(watcher, decode, settings))
     app.include_router(state_router(watcher, metrics, settings))
     app.include_router(versions_router(versions, watcher))
-    app.include_router(page_router(watcher, settings))
+    app.include_router(page_router(live))
     for path, folder in mounts().items():
         app.mount(path, folder)
 

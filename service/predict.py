@@ -149,7 +149,7 @@ class PredictEndpoint:
         """Refuses what need not be read."""
         self._batcher.check_room()
         for name, value in headers:
-            if name == b"content-type" and not _is_json(value):
+            if name == b"content-type" and not is_json(value):
                 raise Problem(NOT_JSON_TYPE, f"The Content-Type is {value.decode('latin-1')!r}.")
             if name == b"content-encoding" and value.lower() != b"identity":
                 raise Problem(NOT_JSON_TYPE, f"The Content-Encoding is {value.decode('latin-1')!r}; send it as it is.")
@@ -238,7 +238,8 @@ def _asked_version(query: bytes) -> int | None:
         raise Problem(INVALID, f"{fault.field}: {fault.detail}", [fault]) from None
 
 
-def _is_json(content_type: bytes) -> bool:
+def is_json(content_type: bytes) -> bool:
+    """Whether a Content-Type says JSON."""
     if content_type == b"application/json":
         return True
     media_type = content_type.partition(b";")[0].strip().lower()

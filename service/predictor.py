@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 import torch
 
-from service.answers import Answering, Asked, fresh_answering
+from service.answers import Answering, Asked, NumberAnswering, fresh_answering
 from trainer.config import Settings
 from trainer.errors import SnapshotError, TailstreamError
 from trainer.schema import Columns, FeatureSchema, Row
@@ -45,6 +45,18 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     lower: Sequence[float] | None = None
     upper: Sequence[float] | None = None
     probabilities: Sequence[dict[str, float]] | None = None  # by class, from the most probable
+
+
+class Density(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one row is answered where labels are numbers, and the distribution that the answer is read from."""
+
+    prediction: float
+    balance: float
+    model_version: int
+    edges: list[float]  # (G + 1,) of the cells, label units, increasing; empty before any label was seen
+    probabilities: list[float]  # (G,) of the cells, summing to 1
+    lower: float | None = None
+    upper: float | None = None
 
 
 class Predictor:
@@ -103,6 +115,23 @@ class Predictor:
             answered[question.asked].next(question.rows, balance=question.asked.balance, model_version=self.version)
             for question in questions
         ]
+
+    def density(self, question: Question) -> Density:
+        """Answers a question of one row as `answer` does, and says how probable each cell of the labels is."""
+        assert isinstance(self._answering, NumberAnswering)
+        with torch.inference_mode():
+            outputs = self._outputs([question.columns])
+            said = self._answering.answer(outputs, question.rows, question.asked)
+            probabilities = self._answering.cells(outputs, question.asked.balance)
+        return Density(
+            prediction=said.point.item(),
+            balance=question.asked.balance,
+            model_version=self.version,
+            edges=self._answering.grid.edges.tolist(),
+            probabilities=probabilities[0].tolist(),
+            lower=None if said.lower is None else said.lower.item(),
+            upper=None if said.upper is None else said.upper.item(),
+        )
 
     def _outputs(self, parts: Sequence[Columns]) -> Any:
         """The network's outputs for all rows of the parts, and for the rows of missing values that fill up the pass."""

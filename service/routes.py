@@ -1,25 +1,14 @@
 """The paths of the service and what each answers."""
 
-from collections.abc import Mapping
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, Final
-
-import msgspec
 from fastapi import APIRouter, Response
-from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.staticfiles import StaticFiles
 
 from service.metrics import ServiceMetrics, age_s
 from service.model_info import ModelResponse, model_response
 from service.problems import NOT_READY, Problem, described
 from service.watcher import Watcher
 from trainer.config import Settings
-
-PAGES: Final = Path(__file__).parent / "dashboard"
-SWAGGER_UI: Final = Path(str(files("fastapi_offline"))) / "static"
 
 
 class Ready(BaseModel):
@@ -93,46 +82,3 @@ def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) 
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return router
-
-
-def page_router(watcher: Watcher, settings: Settings) -> APIRouter:
-    """The live page, the page of the API, and what they are made of."""
-    router = APIRouter(include_in_schema=False)
-    fields = {name: feature.model_dump(mode="json") for name, feature in settings.record_schema.features.items()}
-    fixed = {
-        "label": settings.record_schema.label,
-        "features": fields,
-        "default_balance": settings.service.default_balance,
-        "poll_interval_s": settings.service.poll_interval_s,
-    }
-
-    @router.get("/")
-    async def get_page() -> Response:
-        return FileResponse(PAGES / "index.html")
-
-    @router.get("/docs")
-    async def get_docs() -> Response:
-        return FileResponse(PAGES / "docs.html")
-
-    @router.get("/dashboard.json")
-    async def get_dashboard_state() -> Response:
-        """What the page shows; 200 also without a model, as browsers log other answers as errors."""
-        predictor = watcher.predictor
-        state: Mapping[str, Any] = {
-            **fixed,
-            "trouble": watcher.trouble,
-            "not_ready": not_ready_because(watcher, settings),
-            "model": None
-            if predictor is None
-            else model_response(predictor.manifest, watcher.trouble, watcher.pinned).model_dump(
-                mode="json", by_alias=True
-            ),
-        }
-        return Response(msgspec.json.encode(state), media_type="application/json")
-
-    return router
-
-
-def mounts() -> dict[str, StaticFiles]:
-    """Folders of static files by their path."""
-    return {"/dashboard": StaticFiles(directory=PAGES), "/docs/swagger-ui": StaticFiles(directory=SWAGGER_UI)}

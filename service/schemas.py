@@ -136,6 +136,34 @@ class PredictClassesResponse(_Described):
     )
 
 
+class DensityResponse(_Described):
+    """A prediction, and the distribution that it is read from; in label units."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prediction": 10.0,
+                    "balance": 0.5,
+                    "model_version": 42,
+                    "edges": [0.0, 8.0, 12.0, 20.0],
+                    "probabilities": [0.25, 0.5, 0.25],
+                    "lower": 1.6,
+                    "upper": 18.4,
+                }
+            ]
+        }
+    )
+
+    prediction: float = Field(description="As POST /predict answers.")
+    balance: float = Field(description="The label prior that was used.")
+    model_version: int
+    edges: list[float] = Field(description="Ends of the cells, increasing, one more than there are cells.")
+    probabilities: list[float] = Field(description="That the label lies in each cell, evenly spread; they sum to 1.")
+    lower: float | None = Field(default=None, description="Lower end, where an interval was asked for.")
+    upper: float | None = Field(default=None, description="Upper end, where an interval was asked for.")
+
+
 class FaultResponse(_Described):
     """One thing that is wrong with a request, and where."""
 

@@ -18,6 +18,15 @@ BACKLOG: Final = 2048
 log = structlog.stdlib.get_logger(__name__)
 
 
+class Server(uvicorn.Server):
+    """A server of `create_app` that does not wait for the pages that are open when it stops."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the pages' streams, then waits for the requests under way."""
+        self.config.app.state.live.end()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT; requests under way are answered first. To be called in the main thread.
 
@@ -46,7 +55,7 @@ def answer_at(listener: socket.socket, settings: Settings) -> None:
     """
     from service.app import create_app  # and torch, which a process that only watches workers does without
 
-    server = uvicorn.Server(
+    server = Server(
         uvicorn.Config(
             create_app(settings),
             loop="uvloop",

@@ -75,10 +75,11 @@ class PrequentialMetrics:
         self.sums.index_add_(2, cells, values.expand(2, -1, -1))
 
     def compute(self) -> dict[str, Any]:
-        """All metrics: `{window: {rows, coverage, log_score, answer: {mae, rmse, balanced_mae, mae_many, ...}}}`.
+        """All metrics: `{window: {rows, coverage, log_score, answer: {mae, rmse, balanced_mae, ...}, regions}}`.
 
-        Errors are in label units, the log score in natural logs per label unit; a metric without rows is None. Reads
-        the sums off the device.
+        Errors are in label units, the log score in natural logs per label unit; a metric without rows is None.
+        `regions` are the bins of the balanced error, `{low, high, rows: [...], answer: [its mean absolute errors]}`,
+        with None for an error of too few rows; absent before the first row. Reads the sums off the device.
         """
         sums = self.sums.cpu().numpy()
         return {window: self._window(sums[i]) for i, window in enumerate(WINDOWS)}
@@ -97,22 +98,24 @@ class PrequentialMetrics:
         bins = np.clip(((centres - self.low) / bin_width).astype(np.int64), 0, BINS - 1)
         rows = np.bincount(bins, count, BINS)
         share = rows / max(rows.sum(), 1e-300)
-        regions = {
+        shots = {
             "many": share >= MANY_SHARE,
             "medium": (share < MANY_SHARE) & (share >= MEDIUM_SHARE),
             "few": (share < MEDIUM_SHARE) & (rows > 0),
         }
+        enough = rows >= LEAST_ROWS - 1e-6
+        regions: dict[str, Any] = {"low": self.low, "high": self.high, "rows": _shown(rows)}
         for i, answer in enumerate(self.answers):
             absolute, squared = sums[ERRORS + 2 * i], sums[ERRORS + 1 + 2 * i]
             by_bin = np.bincount(bins, absolute, BINS)
-            enough = rows >= LEAST_ROWS - 1e-6
+            regions[answer] = _shown(np.divide(by_bin, rows, out=np.full(BINS, np.nan), where=enough))
             result[answer] = {
                 "mae": _ratio(absolute.sum(), count.sum()),
                 "rmse": None if count.sum() <= 0 else math.sqrt(squared.sum() / count.sum()),
                 "balanced_mae": float((by_bin[enough] / rows[enough]).mean()) if enough.any() else None,
-                **{f"mae_{name}": _ratio(by_bin[of].sum(), rows[of].sum()) for name, of in regions.items()},
+                **{f"mae_{name}": _ratio(by_bin[of].sum(), rows[of].sum()) for name, of in shots.items()},
             }
-        return result
+        return {**result, "regions": regions}
 
     def _cells(self, label: NDArray[np.float64]) -> NDArray[np.int64]:
         return np.floor((label - self.origin) / self.width).astype(np.int64).clip(0, CELLS - 1)
@@ -146,3 +149,8 @@ class PrequentialMetrics:
 
 def _ratio(total: float, count: float) -> float | None:
     return float(total / count) if count > 0 else None
+
+
+def _shown(values: NDArray[Any]) -> list[float | None]:
+    """Numbers as a chart needs them, of few digits: manifests have hundreds and are written twice a second."""
+    return [None if math.isnan(value) else float(f"{value:.5g}") for value in values.tolist()]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect
 
-from tests.browser.conftest import Watched
+from tests.browser.chromium import Watched
 from tests.service.conftest import running, until
 from tests.service.store import make_settings, write_snapshot
 from trainer.config import Settings
@@ -29,7 +29,7 @@ def test_a_version_is_rolled_back_to_and_let_go(settings: Settings, watched: Wat
         until(lambda: client.get("/model").json()["pinned"] is None)
         base = str(client.base_url)
     assert watched.console_errors == []
-    assert [url for url in watched.requests if not url.startswith(base)] == []
+    assert watched.foreign(base) == []
 
 
 def test_the_page_asks_for_the_key_before_it_rolls_back(tmp_path: Path, watched: Watched) -> None:

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 from service.app import create_app
-from service.serve import bind, url
+from service.serve import Server, bind, url
 from tests.service.store import make_settings, write_snapshot
 from trainer.config import Settings
 
@@ -23,7 +23,7 @@ PATIENCE_S = 20.0
 def running(settings: Settings) -> Iterator[httpx.Client]:
     """A server of these settings, and a client of it."""
     with bind(settings.service.host, 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_app(settings), ws="none", log_config=None, access_log=False))
+        server = Server(uvicorn.Config(create_app(settings), ws="none", log_config=None, access_log=False))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:

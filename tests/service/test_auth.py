@@ -22,7 +22,7 @@ def test_keys_guard_predictions_and_the_model(tmp_path: Path) -> None:
     settings = make_settings(tmp_path / "store", api_keys_file=str(tmp_path / "keys"))
     write_snapshot(settings)
     with running(settings) as client:
-        for path in ("/model", "/dashboard.json", "/no/such/path"):
+        for path in ("/model", "/events", "/no/such/path"):
             response = client.get(path)
             assert response.status_code == 401
             assert response.headers["content-type"] == "application/problem+json"

@@ -13,4 +13,4 @@ def test_the_api_keeps_what_its_description_promises(client: httpx.Client, tmp_p
     options = ["--max-examples=10", "--generation-deterministic", "--no-color"]
     run = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "Tested: 9" in run.stdout
+    assert "Tested: 10" in run.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.serve import bind, serve
+from service.serve import STOP_S, bind, serve
 from tests.service.store import instance, make_settings, write_snapshot
 from trainer.config import Settings
 from trainer.errors import ConfigError
@@ -73,6 +73,20 @@ def test_a_signal_ends_the_process_with_exit_code_0(process: subprocess.Popen[st
         process.send_signal(number)
         assert process.wait(20) == 0
     assert [event["event"] for event in log] == ["model follows the newest snapshot", "stopped"]
+
+
+def test_pages_that_are_open_do_not_delay_the_end(process: subprocess.Popen[str]) -> None:
+    url = str(next(events(process))["url"])
+    with httpx.Client(base_url=url, timeout=20) as client, client.stream("GET", "/events") as one:
+        with client.stream("GET", "/events") as other:
+            lines = [stream.iter_lines() for stream in (one, other)]
+            assert [next(stream) for stream in lines] == ["event: page"] * 2
+            process.send_signal(signal.SIGTERM)
+            # Each ends as an answer does, not by a connection that breaks, and before uvicorn would cut them off.
+            for stream in lines:
+                assert list(stream)
+        assert process.wait(STOP_S) == 0
+    assert [event["event"] for event in events(process)] == ["model follows the newest snapshot", "stopped"]
 
 
 def test_a_taken_port_is_said(settings: Settings) -> None:

@@ -108,10 +108,19 @@ def test_the_example_in_the_api_description_works_as_printed(client: httpx.Clien
 def test_the_api_description_is_complete(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
     versions = {"/models", "/models/latest/activate", "/models/{version}/activate"}
-    assert set(document["paths"]) == {"/predict", "/model", "/livez", "/readyz", "/healthz", "/metrics", *versions}
+    assert set(document["paths"]) == {
+        "/predict",
+        "/predict/density",
+        "/model",
+        "/livez",
+        "/readyz",
+        "/healthz",
+        "/metrics",
+        *versions,
+    }
     operations = [operation for path in document["paths"].values() for operation in path.values()]
     names = [operation["operationId"] for operation in operations]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names) == 10
     for reference in re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(document)):
         place = document
         for part in reference.split("/"):

@@ -85,6 +85,22 @@ def test_errors_are_those_of_the_definitions_on_all_rows(window: str) -> None:
                 assert found[name][metric] == pytest.approx(expected[metric], rel=tolerance), metric
 
 
+@pytest.mark.parametrize("window", ["whole", "fading"])
+def test_the_regions_are_what_the_balanced_error_is_the_mean_of(window: str) -> None:
+    label, zero, one = stream(6000)
+    found = fed(label, zero, one).compute()[window]
+    regions = found["regions"]
+    assert (regions["low"], regions["high"]) == (label.min(), label.max())
+    rows = np.array(regions["rows"])
+    assert rows.sum() == pytest.approx(found["rows"], rel=1e-4)
+    for answer in ("0", "1", "median"):
+        errors = regions[answer]
+        assert [error is None for error in errors] == (rows < 10).tolist()
+        known = [error for error in errors if error is not None]
+        assert 0 < len(known) < len(errors) == 50
+        assert np.mean(known) == pytest.approx(found[answer]["balanced_mae"], rel=1e-4)
+
+
 def test_fading_forgets_as_a_plain_loop_does() -> None:
     label, zero, one = stream(1000)
     metrics, rows, total = make(), 0.0, 0.0
