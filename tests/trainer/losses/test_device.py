@@ -106,10 +106,10 @@ def influence(make: Make, device: str) -> Tensor:
     logits, features = make(ROWS, CLASSES), make(ROWS, 9)
     target = (make(ROWS).detach().abs() * 2).long().clamp(max=CLASSES)
     counts = ClassCounts(CLASSES).to(device)
-    stream = StreamIBLoss(counts, first_phase_rows=10).to(device)
-    stream.observe(target)
+    stream = StreamIBLoss(after=10).to(device)
+    stream.observe(ROWS)
     fixed = IBLoss(weight=counts.weights()).to(device)
-    loss = stream(logits, target, features) + fixed(logits, target, features)
+    loss = stream(logits, target, features, counts.weights()) + fixed(logits, target, features)
     return loss + influence_balanced_loss(logits, target, features, detach_influence=False)
 
 
