@@ -13,6 +13,8 @@ from trainer.errors import RecordError
 from trainer.schema import FeatureSchema, Row
 
 CHECKSUM_MODULUS: Final = 1 << 64
+LARGEST_REJECTED_BYTES: Final = 4 << 20  # set aside by one batch: it ends there, however few rows it has by then
+REJECTION_BYTES: Final = 1 << 10  # what a rejected record takes besides what it carries: objects, and the reason
 LONGEST_POLL_S: Final = 0.1  # snapshots, metrics and signals are seen to between polls
 
 
@@ -32,6 +34,13 @@ class Rejection(NamedTuple):
 
     record: Record
     error: RecordError
+
+    @property
+    def size(self) -> int:
+        """Memory that it takes, roughly; bytes."""
+        record = self.record
+        carried = (record.key, record.value, *(value for _, value in record.headers))
+        return REJECTION_BYTES + sum(len(part) for part in carried if part is not None)
 
 
 class PartitionProgress(BaseModel):
@@ -124,7 +133,8 @@ class Batcher:
     """Turns records into batches of exactly `size` rows, in the order of the records.
 
     A batch ends with its last row, wherever polls ended: so the batches of a partition depend on nothing but its
-    records, and a resumed run sees the same ones. Only `flush` makes a smaller one.
+    records, and a resumed run sees the same ones. A smaller one ends with a rejected record that makes too many, which
+    depends on the records alone too, so that memory stays flat; and where `flush` is called.
     """
 
     def __init__(self, schema: FeatureSchema, size: int) -> None:
@@ -137,6 +147,7 @@ class Batcher:
         self._times: list[float] = []
         self._tallies: dict[int, _Tally] = {}
         self._rejected: list[Rejection] = []
+        self._rejected_bytes = 0
         self._newest = 0.0
 
     @property
@@ -160,6 +171,9 @@ class Batcher:
             except RecordError as error:
                 tally.rejected += 1
                 self._rejected.append(Rejection(record, error))
+                self._rejected_bytes += self._rejected[-1].size
+                if self._rejected_bytes > LARGEST_REJECTED_BYTES:
+                    yield self.flush()
                 continue
             tally.offsets.append(record.offset)
             self._rows.append(row)

@@ -54,6 +54,6 @@ def replay(
     rest = [
         *([f"{done.before} were replayed before (--again sends them too)"] if done.before else []),
         *([f"{done.others} have other reasons"] if done.others else []),
-        *([f"{done.omitted} were too large to be kept with their value"] if done.omitted else []),
+        *([f"{done.omitted} were too large to be kept whole"] if done.omitted else []),
     ]
     say(f"replayed {done.sent} dead letters to {settings.topic}" + (f"; {', '.join(rest)}" if rest else ""))

@@ -6,6 +6,7 @@ The header names are those of Kafka Connect's dead letter queue, so its tools re
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from enum import IntEnum
 from typing import Final
 
 from trainer.batching import Rejection
@@ -14,34 +15,54 @@ from trainer.kafka_client import Producer, Sent
 
 HEADER_PREFIX: Final = "__connect.errors."
 OMITTED: Final = f"{HEADER_PREFIX}value.omitted.bytes"  # the size of a value that the topic does not take
+KEY_OMITTED: Final = f"{HEADER_PREFIX}key.omitted.bytes"  # the same of key and headers together
+SENT_TOGETHER: Final = 1000  # letters given to the client before they are waited for: it has no bound of its own
 FLUSH_S: Final = 5.0  # longest wait for acknowledgements; a clean stop waits with it
 MAX_WAITING_BYTES: Final = 64 << 20  # of letters not acknowledged; beyond it training waits
-LETTER_BYTES: Final = 1 << 10  # what a letter takes besides what it carries: objects, the reason, its headers
 STAGE: Final = "VALUE_CONVERTER"
+
+
+class Leave(IntEnum):
+    """What is left out of a letter that is too large for its topic."""
+
+    NOTHING = 0
+    VALUE = 1
+    ALL = 2
+
+
+class _Letter:
+    """A rejected record that waits for the topic, and what the client was given of it."""
+
+    __slots__ = ("rejection", "sent")
+
+    def __init__(self, rejection: Rejection) -> None:
+        self.rejection = rejection
+        self.sent: Sent | None = None  # None: not yet, or again
 
 
 class DeadLetters:
     """Writes rejected records to the dead-letter topic: key, value and headers unchanged, the reason in more headers.
 
-    Written at least once: after a crash, or while the broker is away, a record may be there twice, and is told apart by
-    its offset header. A value that is too large for the topic is left out, its size in a header. `write` only queues,
-    so training never waits for a broker, unless so much is queued that `full` says to; `flush` is for the thread that
-    writes snapshots, and one thread alone.
+    Written at least once: after a crash a record may be there twice, and is told apart by its offset header. What makes
+    a record too large for the topic is left out, its size in a header: the value, then key and headers too. `write`
+    only queues, so training never waits for a broker, unless so much is queued that `full` says to; `flush` is for the
+    thread that writes snapshots, and one thread alone.
     """
 
     def __init__(self, producer: Producer, source_topic: str, topic: str) -> None:
         self._producer = producer
         self._source_topic = source_topic
         self._topic = topic
-        self._unacknowledged: list[Rejection] = []
+        self._waiting: list[_Letter] = []
         self._waiting_bytes = 0
         self._lock = threading.Lock()
 
     def write(self, rejections: Sequence[Rejection]) -> None:
         """Queues rejected records for the topic; `flush` sends them."""
+        letters = [_Letter(rejection) for rejection in rejections]
         with self._lock:
-            self._unacknowledged.extend(rejections)
-            self._waiting_bytes += sum(map(_size, rejections))
+            self._waiting.extend(letters)
+            self._waiting_bytes += sum(rejection.size for rejection in rejections)
 
     @property
     def full(self) -> bool:
@@ -52,39 +73,44 @@ class DeadLetters:
         """Sends what is queued and waits until all of it is acknowledged.
 
         Raises:
-            PublishError: some is not; all is kept, and the next call tries again.
+            PublishError: some is not; it is kept, and the next call waits for it, or sends it again.
         """
         with self._lock:
-            queued = list(self._unacknowledged)
-        if not queued:
-            return
-        try:
-            sent = [self._send(rejection) for rejection in queued]
-            self._wait()
-            for rejection, letter in zip(queued, sent, strict=True):
-                self._see_through(rejection, letter)
-        except PublishError as error:
-            raise PublishError(
-                f"{len(queued)} rejected records could not be written to topic {self._topic!r} yet: {error}"
-            ) from error
-        with self._lock:
-            del self._unacknowledged[: len(queued)]
-            self._waiting_bytes -= sum(map(_size, queued))
+            queued = list(self._waiting)
+        while queued:
+            some, queued = queued[:SENT_TOGETHER], queued[SENT_TOGETHER:]
+            try:
+                for letter in some:
+                    if letter.sent is None or letter.sent.failure:  # else the client still has it, and tries again
+                        letter.sent = self._send(letter.rejection)
+                self._wait()
+                failures = [failure for letter in some if (failure := self._failure(letter))]
+            except PublishError as error:
+                failures = [str(error)]
+            if failures:
+                raise PublishError(
+                    f"{len(self._waiting)} rejected records could not be written to topic {self._topic!r} yet: "
+                    f"{failures[0]}"
+                )
+            with self._lock:
+                del self._waiting[: len(some)]
+                self._waiting_bytes -= sum(letter.rejection.size for letter in some)
 
     def _wait(self) -> None:
         with suppress(PublishError):  # each letter says for itself what became of it
             self._producer.flush(FLUSH_S)
 
-    def _see_through(self, rejection: Rejection, letter: Sent) -> None:
-        """Makes sure that a letter has arrived; one that is too large is sent alone, then without its value."""
-        for without_value in (False, True):  # in a batch of several, another one may have been too large
-            if letter.too_large:
-                letter = self._send(rejection, without_value=without_value)
+    def _failure(self, letter: _Letter) -> str:
+        """Why a letter has not arrived; empty if it has. One that is too large is sent alone, then less and less."""
+        for leave_out in (Leave.NOTHING, Leave.VALUE, Leave.ALL):  # a batch may have been too large for another one
+            if letter.sent is not None and letter.sent.too_large:
+                letter.sent = self._send(letter.rejection, leave_out)
                 self._wait()
-        if not letter.acknowledged:
-            raise PublishError(letter.failure or "no answer")
+        if letter.sent is not None and letter.sent.acknowledged:
+            return ""
+        return (letter.sent.failure if letter.sent else "") or "no answer"
 
-    def _send(self, rejection: Rejection, *, without_value: bool = False) -> Sent:
+    def _send(self, rejection: Rejection, leave_out: Leave = Leave.NOTHING) -> Sent:
         record, error = rejection
         why = {
             "topic": self._source_topic,
@@ -95,15 +121,12 @@ class DeadLetters:
             "exception.message": f"{error.reason}: {error}",
         }
         headers = [(HEADER_PREFIX + name, text.encode(errors="replace")) for name, text in why.items()]
-        value = record.value
-        if without_value and value is not None:
+        key, value, own_headers = record.key, record.value, record.headers
+        if leave_out >= Leave.VALUE and value is not None:
             headers.append((OMITTED, str(len(value)).encode()))
             value = b""
-        return self._producer.send(self._topic, value, record.key, [*record.headers, *headers])
-
-
-def _size(rejection: Rejection) -> int:
-    """Memory that a waiting letter takes, roughly; bytes."""
-    record = rejection.record
-    carried = (record.key, record.value, *(value for _, value in record.headers))
-    return LETTER_BYTES + sum(len(part) for part in carried if part is not None)
+        if leave_out >= Leave.ALL:
+            size = len(key or b"") + sum(len(name) + len(text or b"") for name, text in own_headers)
+            headers.append((KEY_OMITTED, str(size).encode()))
+            key, own_headers = None, ()
+        return self._producer.send(self._topic, value, key, [*own_headers, *headers])

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 from trainer.batching import Record
 from trainer.config import KafkaSettings
-from trainer.dead_letter import HEADER_PREFIX, OMITTED
+from trainer.dead_letter import HEADER_PREFIX, KEY_OMITTED, OMITTED
 from trainer.errors import BrokerUnavailable
 from trainer.kafka_client import Consumer, Producer, describe_topic
 
@@ -32,8 +32,8 @@ class Letter(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether its value is there; one that was too large for the dead-letter topic is not."""
-        return all(name != OMITTED for name, _ in self.record.headers)
+        """Whether all of it is there; what was too large for the dead-letter topic is not."""
+        return all(name not in (OMITTED, KEY_OMITTED) for name, _ in self.record.headers)
 
     @property
     def original_headers(self) -> list[tuple[str, bytes]]:
@@ -47,7 +47,7 @@ class Replayed(NamedTuple):
     sent: int
     before: int  # were replayed by an earlier run
     others: int  # have another reason than the one asked for
-    omitted: int  # have no value to send, as it was too large for the dead-letter topic
+    omitted: int  # are not whole, as they were too large for the dead-letter topic
 
 
 def read_letters(settings: KafkaSettings) -> Iterator[Letter]:

@@ -15,7 +15,7 @@ from service.cli import app
 from tests.rig import Trainer, bits, each_once, newest, read_all, rows, send, wait_until_consumed
 from trainer.batching import Record
 from trainer.config import load
-from trainer.dead_letter import HEADER_PREFIX, OMITTED
+from trainer.dead_letter import HEADER_PREFIX, KEY_OMITTED, OMITTED
 from trainer.kafka_client import Producer, create_topic
 
 
@@ -119,30 +119,43 @@ def test_bad_records_become_dead_letters_that_say_why_and_no_good_one_is_lost(
         assert field is None or field in message
 
 
-def test_letters_that_the_topic_does_not_take_are_kept_without_their_value(
+def test_letters_that_the_topic_does_not_take_are_kept_without_what_is_too_large(
     real_kafka: str, write_config: Callable[..., Path]
 ) -> None:
     config = write_config(real_kafka, more="batch.max_wait_s = 0.05")
     settings = load(config)
     send(settings, rows(100))
     large = random.Random(1).randbytes(1_048_576 - 300)  # a broker takes it, but not with more headers
+    sent: list[tuple[bytes, bytes | None, list[tuple[str, bytes]]]] = [
+        (b"not a record", b"its key", [("trace", b"42")]),
+        (large, b"its key", [("trace", b"42")]),
+        (b"not a record", large, [("trace", b"42")]),
+        (b"not a record", None, [("trace", large)]),
+        (b"nor is this", None, []),
+    ]
     producer = Producer(settings.kafka)
-    for value in (b"not a record", large, b"nor is this"):
-        producer.send(settings.kafka.topic, value)
+    for value, key, headers in sent:
+        producer.send(settings.kafka.topic, value, key, headers)
         producer.flush()
     producer.close()
 
     trainer = Trainer(config)
-    (part,) = wait_until_consumed(settings, 103, trainer).manifest.partitions.values()
+    (part,) = wait_until_consumed(settings, 100 + len(sent), trainer).manifest.partitions.values()
     assert trainer.stop() == 0
-    assert (part.trained, part.rejected) == (100, 3)
-    before, cut, after = sorted(read_all(settings, settings.kafka.dead_letters, 3), key=source_offset)
-    assert (before.value, after.value) == (b"not a record", b"nor is this")
-    assert cut.value == b""
-    assert dict(cut.headers)[OMITTED] == str(len(large)).encode()
-    assert (
-        "replayed 2 dead letters" in CliRunner().invoke(app, ["dead-letters", "replay", "--config", str(config)]).output
-    )
+    assert (part.trained, part.rejected) == (100, len(sent))
+    letters = sorted(read_all(settings, settings.kafka.dead_letters, len(sent)), key=source_offset)
+    whole, no_value, no_key, no_headers, after = letters
+    assert (whole.key, whole.value, dict(whole.headers)["trace"]) == (b"its key", b"not a record", b"42")
+    assert (after.key, after.value) == (None, b"nor is this")
+    assert (no_value.key, no_value.value, dict(no_value.headers)["trace"]) == (b"its key", b"", b"42")
+    assert dict(no_value.headers)[OMITTED] == str(len(large)).encode()
+    for letter, size in ((no_key, len(large) + len("trace42")), (no_headers, len(large) + len("trace"))):
+        assert (letter.key, letter.value, "trace" in dict(letter.headers)) == (None, b"", False)
+        assert dict(letter.headers)[OMITTED] == str(len(b"not a record")).encode()
+        assert dict(letter.headers)[KEY_OMITTED] == str(size).encode()
+    said = CliRunner().invoke(app, ["dead-letters", "replay", "--config", str(config)]).output
+    assert "replayed 2 dead letters" in said
+    assert "3 were too large to be kept whole" in said
 
 
 def source_offset(letter: Record) -> int:

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.stream import as_records, make_schema, make_settings, values
-from trainer.batching import CHECKSUM_MODULUS, Batch, Batcher, PartitionProgress, Record, advance, batches
+from trainer.batching import (
+    CHECKSUM_MODULUS,
+    LARGEST_REJECTED_BYTES,
+    Batch,
+    Batcher,
+    PartitionProgress,
+    Record,
+    advance,
+    batches,
+)
 
 SCHEMA = make_schema(make_settings())
 GOOD = values(40)
@@ -58,6 +67,20 @@ def test_batches_are_the_same_however_the_records_were_polled(
     whole = collect([records], size)
     assert_same(collect(polls, size), whole)
     assert all(len(batch) == size for batch in whole[:-1])
+
+
+def test_a_batch_ends_early_where_it_sets_too_much_aside_and_that_depends_on_the_records_alone() -> None:
+    large = b"x" * (LARGEST_REJECTED_BYTES // 10)
+    records = [
+        Record(0, offset, 5000.0, None, GOOD[0] if offset % 7 == 0 else large if offset % 2 else BAD)
+        for offset in range(100)
+    ]
+    whole = collect([records], 1000)
+    assert len(whole) > 2
+    assert all(sum(rejection.size for rejection in batch.rejected) < 1.2 * LARGEST_REJECTED_BYTES for batch in whole)
+    assert_same(collect([[record] for record in records], 1000), whole)
+    cut = whole[0].progress[0].next_offset
+    assert_same(collect([records[cut:]], 1000), whole[1:])  # as a resumed run sees them
 
 
 @given(topics(), st.integers(1, 9))
