@@ -181,6 +181,8 @@ class Versions:
             self._store.pin(version)
         except SnapshotCorrupt as error:
             raise _no_such(version) from error
+        except SnapshotError as error:
+            raise Problem(STORE, f"{error}.") from error
         except OSError as error:
             raise Problem(STORE, f"The pin could not be written to {self._store.path}: {error.strerror}.") from error
         log.info("services follow the newest snapshot" if version is None else "version pinned", model_version=version)

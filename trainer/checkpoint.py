@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer.batching import Batch, PartitionProgress, Progress, advance
 from trainer.config import Settings
 from trainer.dead_letter import DeadLetters
-from trainer.errors import PublishError, SnapshotError, SnapshotMismatch
+from trainer.errors import PublishError, SnapshotCorrupt, SnapshotError, SnapshotMismatch
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
 from trainer.snapshot import Manifest, Sample, SnapshotStore, check_fits
@@ -83,12 +83,18 @@ class Checkpoint:
         """Loads the newest valid snapshot, if there is one.
 
         Raises:
+            SnapshotCorrupt: there are some, and none is valid; beginning anew would forget all they hold.
             SnapshotMismatch: it is of another model than the configuration describes.
         """
         snapshot, faults = self._parts.store.newest(training=True)
         for fault in faults:
             log.warning("a snapshot is passed over", reason=str(fault))
         if snapshot is None:
+            if faults:
+                raise SnapshotCorrupt(
+                    f"none of the {len(faults)} snapshots in {self._parts.store.path} can be resumed from, the newest "
+                    f"because: {faults[0]}; bring one back, or give a new store.url to begin anew"
+                )
             return None
         check_fits(snapshot.manifest, self._settings)
         try:

@@ -112,12 +112,12 @@ class SnapshotStore:
     def versions(self) -> list[int]:
         """Versions that claim to exist, in ascending order; none where the folder is absent."""
         try:
-            names = os.listdir(self.path)
+            names = [name for name in os.listdir(self.path) if name.isdecimal()]
+            return sorted(int(name) for name in names if (self.path / name / MANIFEST_FILE).exists())
         except FileNotFoundError:
             return []
         except OSError as error:
             raise SnapshotError(f"the snapshot store {self.path} cannot be read: {error}") from error
-        return sorted(int(name) for name in names if name.isdigit() and (self.path / name / MANIFEST_FILE).exists())
 
     def manifest(self, version: int) -> Manifest:
         """The manifest of a version; its files are not looked at.
@@ -195,10 +195,12 @@ class SnapshotStore:
 
         Raises:
             StoreLocked: another process holds the lock; the message says which.
-            SnapshotError: the folder cannot be made or written to.
+            SnapshotError: the folder cannot be made, written to or locked.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self.path.mkdir(parents=True, exist_ok=True)
+                _sync_folder(self.path.parent)
             handle = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise SnapshotError(f"the snapshot store {self.path} cannot be written to: {error}") from error
@@ -207,13 +209,17 @@ class SnapshotStore:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
+                    raise SnapshotError(
+                        f"the snapshot store {self.path} cannot be locked against a second trainer: {error}; put it "
+                        "on a file system that knows flock"
+                    ) from error
                 owner = os.read(handle, 1024).decode(errors="replace") or "unknown"
                 raise StoreLocked(
                     f"another trainer writes to {self.path} ({owner}): stop it, or give this one its own store.url"
                 ) from None
-            os.truncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            with suppress(OSError):  # a full disk is no reason not to start; only the owner's name is not there then
+                os.truncate(handle, 0)
+                os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
             for leftover in self.path.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             yield
@@ -255,23 +261,34 @@ class SnapshotStore:
             SnapshotCorrupt: there is no such version, or it is not whole.
             OSError: the disk refused; nothing is changed.
         """
+        before = self.active()
+        if version is not None:
+            self.load(version, training=False)
+        self._activate(version)
+        if version is not None:
+            try:
+                self.load(version, training=False)  # the trainer may have removed it before it was pinned
+            except SnapshotCorrupt:
+                self._activate(before)
+                raise
+
+    def _activate(self, version: int | None) -> None:
         target = self.path / ACTIVE_FILE
         if version is None:
             target.unlink(missing_ok=True)
-            return
-        self.load(version, training=False)
-        temporary = self.path / f"{ACTIVE_FILE}.{os.getpid()}"
-        try:
-            _write_durably(temporary, json.dumps({"version": version}).encode())
-            temporary.replace(target)
-            _sync_folder(self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        self.load(version, training=False)  # the trainer may have removed it before it was pinned
+        else:
+            temporary = self.path / f"{ACTIVE_FILE}.{os.getpid()}"
+            temporary.unlink(missing_ok=True)  # of one that died here, with a number that comes again in a container
+            try:
+                _write_durably(temporary, json.dumps({"version": version}).encode())
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        _sync_folder(self.path)
 
     def _write(self, manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
-        version = 1 + max((int(name) for name in os.listdir(self.path) if name.isdigit()), default=0)
+        version = 1 + max((int(name) for name in os.listdir(self.path) if name.isdecimal()), default=0)
         temporary = self.path / f"{TEMPORARY}{version:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -296,6 +313,9 @@ class SnapshotStore:
 
         Returns:
             The versions removed.
+
+        Raises:
+            SnapshotError: it cannot be read which one is active; none is removed.
         """
         versions = self.versions()
         keep = {*versions[-KEEP_NEWEST:], self._newest_healthy(versions), self.active()}
@@ -325,10 +345,19 @@ class SnapshotStore:
         return None
 
     def active(self) -> int | None:
-        """The version that the service has pinned, None where it follows the newest."""
+        """The version that the service has pinned, None where it follows the newest.
+
+        Raises:
+            SnapshotError: it cannot be read, so there may be one.
+        """
+        path = self.path / ACTIVE_FILE
         try:
-            version = json.loads((self.path / ACTIVE_FILE).read_text())["version"]
-        except (OSError, ValueError, KeyError, TypeError):
+            version = json.loads(path.read_text())["version"]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SnapshotError(f"{path} cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError):
             return None
         return version if isinstance(version, int) else None
 

@@ -16,7 +16,7 @@ from tests.trainer.stream import TASKS, make_batches, make_schema, make_settings
 from trainer.batching import Batch, Batcher, PartitionProgress, Progress, Record, Rejection
 from trainer.checkpoint import Checkpoint, Parts
 from trainer.config import Settings
-from trainer.errors import OffsetsLost, PublishError, SnapshotError, SnapshotMismatch
+from trainer.errors import OffsetsLost, PublishError, SnapshotCorrupt, SnapshotError, SnapshotMismatch
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import TrainerMetrics
@@ -175,6 +175,17 @@ def test_a_snapshot_torn_by_a_crash_is_passed_over_and_its_records_are_learned_a
         last.run()
     assert_same(last, whole)
     assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["a snapshot is passed over"]
+
+
+def test_where_no_snapshot_is_whole_a_trainer_does_not_begin_anew_by_itself(file: Path, tmp_path: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path), file)
+    trainer.run(5)
+    for version in trainer.store.versions():
+        (trainer.store.folder(version) / MODEL_FILE).write_bytes(b"torn")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SnapshotCorrupt, match=r"none of the \d+ snapshots in .* can be resumed from"):
+        Trainer(trainer.settings, file).run()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_offsets_are_committed_only_once_their_snapshot_is_there(file: Path, tmp_path: Path) -> None:
@@ -360,6 +371,8 @@ def test_when_the_source_fails_the_save_under_way_is_finished_before_the_store_i
     trainer.source.error = OffsetsLost("gone")
     with pytest.raises(OffsetsLost, match="gone"):
         trainer.run(polls=9)
+    assert trainer.checkpoint.durable == trainer.checkpoint.progress  # what was learned may not be there any more
+    assert trainer.learner.samples > 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("snapshot")]
     assert list(tmp_path.glob(".tmp-*")) == []
     newest, faults = trainer.store.newest(training=True)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -254,6 +255,41 @@ def test_the_pinned_version_is_read_or_taken_for_none(store: SnapshotStore, text
     assert store.active() == version
 
 
+def test_what_is_pinned_may_be_there_as_long_as_it_cannot_be_read_so_nothing_is_removed(store: SnapshotStore) -> None:
+    for hour in range(8):
+        aged(store, write(store).version, 2e9, 86400.0 * (1 + hour))
+    (store.path / ACTIVE_FILE).mkdir()  # reading it fails for root too
+    with pytest.raises(SnapshotError, match=r"active\.json cannot be read"):
+        store.prune(2e9)
+    assert len(store.versions()) == 8
+
+
+def test_a_version_removed_while_it_is_pinned_is_not_pinned(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        write(store)
+    store.pin(2)
+    activate = store._activate
+
+    def activate_too_late(version: int | None) -> None:
+        activate(version)
+        shutil.rmtree(store.folder(1), ignore_errors=True)
+
+    monkeypatch.setattr(store, "_activate", activate_too_late)
+    with pytest.raises(SnapshotCorrupt):
+        store.pin(1)
+    assert store.active() == 2
+
+
+def test_a_pin_that_was_cut_off_does_not_stand_in_the_way_of_the_next(store: SnapshotStore) -> None:
+    write(store)
+    (store.path / f"{ACTIVE_FILE}.{os.getpid()}").write_text('{"ver')
+    store.pin(1)
+    assert store.active() == 1
+    assert sorted(path.name for path in store.path.iterdir()) == ["00000001", ACTIVE_FILE]
+
+
 # One writer
 
 
@@ -296,6 +332,17 @@ def test_a_store_is_made_by_its_writer_or_said_to_be_impossible(tmp_path: Path) 
         assert (tmp_path / "deep" / "store").is_dir()
     (tmp_path / "file").write_text("")
     with pytest.raises(SnapshotError, match="cannot be written to"), SnapshotStore(tmp_path / "file").lock():
+        pass
+
+
+def test_a_file_system_without_locks_is_said_to_be_none_for_a_store(
+    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(SnapshotError, match=r"cannot be locked .* No locks available; put it"), store.lock():
         pass
 
 
