@@ -1,5 +1,6 @@
 """The trainer's commands. Each imports what it needs when it runs, so that `--help` answers at once."""
 
+import os
 import signal
 from enum import StrEnum
 from pathlib import Path
@@ -95,7 +96,7 @@ def _stop_cleanly_while_starting() -> None:
     """Makes a signal that comes during the imports, which take seconds, a clean end: nothing has been learned yet."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(0)
+        os._exit(0)  # an exception might be swallowed by whatever is being imported
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)

@@ -150,6 +150,8 @@ def describe_topic(settings: KafkaSettings, topic: str, timeout_s: float = 5.0) 
         code = kafka.errors.for_code(found["error_code"])
         if issubclass(code, REFUSED):
             raise BrokerRefused(f"topic {topic!r} may not be described: {code.__name__}; ask for the permission")
+        if issubclass(code, kafka.errors.RetriableError):
+            raise BrokerUnavailable(f"the broker cannot describe topic {topic!r} yet: {code.__name__}")
         raise SourceError(f"topic {topic!r} cannot be described: {code.__name__}")
     partitions = tuple(sorted(part["partition_index"] for part in found["partitions"]))
     topic_id = found["topic_id"]
@@ -175,6 +177,10 @@ def create_topic(settings: KafkaSettings, topic: str, partitions: int = -1, time
         admin.wait_for_topics([topic])
     except kafka.errors.TopicAlreadyExistsError:
         return False
+    except REFUSED as error:
+        raise BrokerRefused(f"topic {topic!r} is not there and may not be made: {error}; make it yourself") from error
+    except kafka.errors.RetriableError as error:
+        raise BrokerUnavailable(f"topic {topic!r} could not be made yet: {error}") from error
     except kafka.errors.KafkaError as error:
         raise SourceError(f"topic {topic!r} is not there and could not be made: {error}") from error
     finally:

@@ -2,10 +2,12 @@
 
 import threading
 import time
+from contextlib import suppress
 from typing import Final
 
 from trainer.batching import Batcher
 from trainer.checkpoint import Checkpoint, Parts
+from trainer.errors import SnapshotError, SourceError
 from trainer.prefetch import prefetched
 
 LETTERS_POLL_S: Final = 0.05
@@ -15,8 +17,8 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
     """Learns from the source until told to stop, or until the source has no more.
 
     Rejected records go to the dead letters, and their offsets count as consumed; training waits while too many of them
-    wait for the broker. What has been learned is saved when
-    the checkpoint finds it due, and once more at the end.
+    wait for the broker. What has been learned is saved when the checkpoint finds it due, and once more at the end, also
+    where the source can give no more: its records may have expired by the next start.
     """
     try:
         checkpoint.begin(parts.source.open(checkpoint.progress))
@@ -36,5 +38,9 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
                 if stop.is_set():
                     break
             checkpoint.save()
+    except SourceError:
+        with suppress(SnapshotError):  # it has been said, and why it ends is the source
+            checkpoint.save()
+        raise
     finally:
         checkpoint.close()

@@ -105,7 +105,8 @@ class TrainerMetrics:
             self._batches.inc()
             self._step_s.observe(seconds)
             self._window_rows += rows
-            self.newest_append_s = max(self.newest_append_s, batch.newest_append_s)
+            # A producer whose clock is ahead would make all after it look fresh.
+            self.newest_append_s = max(self.newest_append_s, min(batch.newest_append_s, time.time()))
         for rejection in batch.rejected:
             self._rejected.labels(rejection.error.reason).inc()
         self._skipped.inc(sum(part.skipped for part in batch.progress.values()))

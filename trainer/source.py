@@ -169,7 +169,8 @@ class KafkaSource:
         try:
             records = consumer.poll(max_records, timeout_s)
         except OffsetsLost as error:
-            self._skip_lost(consumer, error)
+            with suppress(BrokerUnavailable):  # it went away just now: the next poll finds the same
+                self._skip_lost(consumer, error)
             return []
         topic_id = consumer.topic_id()
         if topic_id is not None and self.identity.topic_id not in (None, topic_id):
@@ -230,6 +231,7 @@ class KafkaSource:
         self._silent_since_s, self._pause_s, self.broker_up = time.monotonic(), SILENCE_S, True
         if self._trouble:
             self._trouble = ""
+            self._committed = {}  # who knows whether the last commit arrived
             log.info("the broker is there", topic=self._settings.topic)
 
     def _in_trouble(self, what: str, error: SourceError) -> None:

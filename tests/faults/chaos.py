@@ -89,7 +89,7 @@ def _killed(config: Path, settings: Settings, kills: int, records: int) -> tuple
         if random_.random() < 0.2:  # not only while it trains
             time.sleep(random_.uniform(0, 1.0))
         else:
-            wait_until(lambda mark=mark: progress(settings) >= mark, f"{mark} records")  # type: ignore[misc]
+            wait_until(lambda mark=mark: progress(settings) >= mark, f"{mark} records", 600)  # type: ignore[misc]
             time.sleep(random_.uniform(0, 0.15))
         assert trainer.poll() is None, trainer.log.read_text()[-2000:]
         trainer.kill()

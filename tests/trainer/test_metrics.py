@@ -118,6 +118,11 @@ def test_freshness_is_the_age_of_the_newest_record_trained(metrics: TrainerMetri
     assert metrics.newest_append_s == now_s - 60
 
 
+def test_a_timestamp_from_the_future_makes_nothing_fresher_than_now(metrics: TrainerMetrics) -> None:
+    metrics.trained(batch(1, newest_s=time.time() + 86400), 0.1)
+    assert 0 <= (value(metrics, "freshness_seconds") or 0.0) < 3600
+
+
 def test_snapshots_are_counted(metrics: TrainerMetrics) -> None:
     metrics.saved(7, 1234, 0.25)
     metrics.save_failed()
