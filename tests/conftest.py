@@ -1,11 +1,13 @@
 """Brokers that tests share: the embedded one always, a real Apache Kafka where TAILSTREAM_TEST_KAFKA names it."""
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from service.broker import EmbeddedBroker
 from trainer.config import Settings, load
@@ -101,3 +103,16 @@ def set_in(text: str, table: str, name: str, value: str) -> str:
     end = next((i for i in range(start, len(lines)) if lines[i].startswith("[")), len(lines))
     kept = [line for line in lines[start:end] if line.partition("=")[0].strip() != name]
     return "\n".join([*lines[:start], f"{name} = {value}", *kept, *lines[end:]]) + "\n"
+
+
+@pytest.fixture
+def logging_is_put_back() -> Iterator[None]:
+    """For tests that configure logging."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    own = {name: logging.getLogger(name).level for name in ("trainer", "service")}
+    yield
+    structlog.reset_defaults()
+    root.handlers[:], root.level = handlers, level
+    for name, before in own.items():
+        logging.getLogger(name).setLevel(before)

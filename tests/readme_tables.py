@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -14,6 +15,7 @@ from trainer.config import Settings
 from trainer.metrics import TrainerMetrics
 
 README = Path(__file__).parent.parent / "README.md"
+ALERTS = README.parent / "docker" / "alerts.yml"
 
 
 def settings_table() -> str:
@@ -57,8 +59,18 @@ def metrics() -> Iterator[tuple[str, str, str, str]]:
                 yield name, ", ".join(f"`{label}`" for label in names), origin, family.documentation
 
 
+def alerts_table() -> str:
+    """What to do about each alert, as Prometheus shows it: the README repeats it for those who have only the README."""
+    lines = ["| alert | severity | after | what to do |", "|---|---|---|---|"]
+    for group in yaml.safe_load(ALERTS.read_text())["groups"]:
+        for rule in group["rules"]:
+            what = rule["annotations"]["runbook"]
+            lines.append(f"| {rule['alert']} | {rule['labels']['severity']} | {rule.get('for', 'at once')} | {what} |")
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
-    for name, table in (("settings", settings_table()), ("metrics", metrics_table())):
+    for name, table in (("settings", settings_table()), ("metrics", metrics_table()), ("alerts", alerts_table())):
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
         text, count = re.subn(pattern, lambda m, table=table: f"{m[1]}\n{table}\n\n{m[2]}", text, flags=re.S)
         assert count == 1, f"README.md has no place for the table of {name}"

@@ -4,10 +4,13 @@ The header names are those of Kafka Connect's dead letter queue, so its tools re
 """
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import IntEnum
 from typing import Final
+
+import structlog
 
 from trainer.batching import Rejection
 from trainer.errors import PublishError
@@ -20,6 +23,9 @@ SENT_TOGETHER: Final = 1000  # letters given to the client before they are waite
 FLUSH_S: Final = 5.0  # longest wait for acknowledgements; a clean stop waits with it
 MAX_WAITING_BYTES: Final = 64 << 20  # of letters not acknowledged; beyond it training waits
 STAGE: Final = "VALUE_CONVERTER"
+SAID_EVERY_S: Final = 60.0  # a topic of broken records would fill the log
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class Leave(IntEnum):
@@ -49,20 +55,44 @@ class DeadLetters:
     thread that writes snapshots, and one thread alone.
     """
 
-    def __init__(self, producer: Producer, source_topic: str, topic: str) -> None:
+    def __init__(
+        self, producer: Producer, source_topic: str, topic: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._producer = producer
         self._source_topic = source_topic
         self._topic = topic
         self._waiting: list[_Letter] = []
         self._waiting_bytes = 0
         self._lock = threading.Lock()
+        self._clock = clock
+        self._say_next_s = -SAID_EVERY_S
+        self._unsaid = 0  # records since the log last told of any
 
     def write(self, rejections: Sequence[Rejection]) -> None:
-        """Queues rejected records for the topic; `flush` sends them."""
+        """Queues rejected records for the topic; `flush` sends them. The log hears of the first, then once a minute."""
+        self._unsaid += len(rejections)
+        if rejections and self._clock() >= self._say_next_s:
+            self._say(rejections[0])
         letters = [_Letter(rejection) for rejection in rejections]
         with self._lock:
             self._waiting.extend(letters)
             self._waiting_bytes += sum(rejection.size for rejection in rejections)
+
+    def _say(self, rejection: Rejection) -> None:
+        """Where one lies and what is wrong with it; not what it holds, which is nobody's who reads a log."""
+        record, error = rejection.record, rejection.error
+        log.warning(
+            "records go to the dead letters",
+            records=self._unsaid,
+            topic=self._source_topic,
+            partition=record.partition,
+            offset=record.offset,
+            reason=error.reason,
+            field=error.field,
+            dead_letters=self._topic,
+        )
+        self._unsaid = 0
+        self._say_next_s = self._clock() + SAID_EVERY_S
 
     @property
     def full(self) -> bool:

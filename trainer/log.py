@@ -2,18 +2,22 @@
 
 import logging
 import sys
-from typing import Literal
+from typing import Final, Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.tracebacks import ExceptionDictTransformer
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 LogFormat = Literal["auto", "console", "json"]
+FIRST: Final = ("timestamp", "level", "event")  # keys of a line, where people read it although it is JSON
 
 
 def configure_logging(format: LogFormat) -> None:
     """Sends structlog's events and the log records of other packages to stderr in one form.
 
     Tailstream's own events are shown from INFO on, those of other packages (uvicorn, kafka) from WARNING on.
+
+    Tracebacks are without the values of local variables: among those are passwords of brokers and API keys.
 
     Args:
         format: `auto` writes for people when a terminal reads stderr, and JSON otherwise.
@@ -28,9 +32,13 @@ def configure_logging(format: LogFormat) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     last: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=terminal)]
+        [structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=structlog.dev.plain_traceback)]
         if for_people
-        else [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        else [
+            structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False)),
+            _first_things_first,
+            structlog.processors.JSONRenderer(default=str),
+        ]
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -52,3 +60,7 @@ def configure_logging(format: LogFormat) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def _first_things_first(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    return {key: event[key] for key in FIRST if key in event} | dict(event)

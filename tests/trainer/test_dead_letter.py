@@ -1,8 +1,9 @@
-"""How much waits for the dead-letter topic before training has to wait too, and what is sent again."""
+"""How much waits for the dead-letter topic before training has to wait too, what is sent again, what is logged."""
 
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from trainer.batching import REJECTION_BYTES, Record, Rejection
 from trainer.dead_letter import MAX_WAITING_BYTES, SENT_TOGETHER, DeadLetters
@@ -92,3 +93,19 @@ def test_while_nothing_is_acknowledged_the_client_is_given_no_more_than_some() -
         with pytest.raises(PublishError, match=f"{3 * SENT_TOGETHER} rejected records"):
             letters.flush()
     assert len(producer.sent) == SENT_TOGETHER
+
+
+def test_the_log_hears_of_the_first_and_then_once_a_minute() -> None:
+    now = 0.0
+    letters = DeadLetters(Producer(), "prices", "prices.dead-letters", lambda: now)  # type: ignore[arg-type]
+    with capture_logs() as said:
+        letters.write([])
+        letters.write(rejections(3, b"a secret"))
+        letters.write(rejections(5, b"a secret"))
+        now = 61.0
+        letters.write(rejections(2, b"a secret"))
+    assert [(line["records"], line["topic"], line["partition"], line["offset"]) for line in said] == [
+        (3, "prices", 0, 0),
+        (7, "prices", 0, 0),
+    ]
+    assert "secret" not in str(said)

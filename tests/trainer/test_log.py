@@ -4,7 +4,8 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import structlog
@@ -55,16 +56,7 @@ def test_console_is_for_people() -> None:
 # In this process, where a terminal can be pretended
 
 
-@pytest.fixture(autouse=True)
-def _logging_is_put_back() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    own = {name: logging.getLogger(name).level for name in ("trainer", "service")}
-    yield
-    structlog.reset_defaults()
-    root.handlers[:], root.level = handlers, level
-    for name, before in own.items():
-        logging.getLogger(name).setLevel(before)
+pytestmark = pytest.mark.usefixtures("logging_is_put_back")
 
 
 @pytest.fixture
@@ -124,6 +116,41 @@ def test_the_form_is_for_whoever_reads_it(
     assert line.startswith("{") == json_
     assert "resumed" in line
     assert ("\x1b[" in line) == (terminal and not json_)
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_traceback_shows_no_values_among_which_are_passwords(
+    format: LogFormat, terminal: bool, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    configure_logging(format)
+
+    def connect(options: dict[str, str]) -> None:
+        raise ConnectionError("refused")
+
+    try:
+        connect({"sasl_plain_password": "".join(["hun", "ter2"])})  # not as the line of code reads, which is shown
+    except ConnectionError:
+        structlog.get_logger("trainer").exception("stopped")
+    said = "\n".join(lines())
+    assert "refused" in said
+    assert "connect" in said
+    assert "hunter2" not in said
+
+
+def test_a_line_of_json_begins_with_what_people_read_first(lines: Callable[[], list[str]]) -> None:
+    configure_logging("json")
+    structlog.get_logger("trainer").info("resumed", version=7)
+    (line,) = lines()
+    assert list(json.loads(line)) == ["timestamp", "level", "event", "version", "logger"]
+
+
+def test_what_json_does_not_know_is_written_as_text(lines: Callable[[], list[str]]) -> None:
+    configure_logging("json")
+    structlog.get_logger("trainer").info("resumed", store=Path("/snapshots"))
+    (line,) = lines()
+    assert json.loads(line)["store"] == "/snapshots"
 
 
 def test_configuring_twice_does_not_say_everything_twice(lines: Callable[[], list[str]]) -> None:
