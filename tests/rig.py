@@ -102,6 +102,8 @@ def _train(config: Path, log: Path, prelude: Callable[[], None] | None) -> None:
 
     from trainer.cli import train
 
+    # Its end is this process's own, so it may have children as any trainer does, which multiprocessing forbids else.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(handle, stream)

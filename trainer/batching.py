@@ -150,6 +150,11 @@ class Batcher:
         self._rejected_bytes = 0
         self._newest = 0.0
 
+    def know(self, classes: Iterable[str]) -> None:
+        """Goes on from these classes, where labels are classes."""
+        if self._schema.classes is not None:
+            self._schema.classes.restore(classes)
+
     @property
     def pending(self) -> bool:
         """Whether records wait for their batch."""

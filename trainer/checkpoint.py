@@ -14,11 +14,12 @@ from torch import Tensor
 from trainer.batching import Batch, PartitionProgress, Progress, advance
 from trainer.config import Settings
 from trainer.dead_letter import DeadLetters
-from trainer.errors import PublishError, SnapshotCorrupt, SnapshotError, SnapshotMismatch
+from trainer.errors import PublishError, SnapshotCorrupt, SnapshotError, SnapshotMismatch, TopicChanged
+from trainer.kafka_client import TopicDescription
 from trainer.learner import Learner
 from trainer.metrics import TrainerMetrics
+from trainer.prefetch import BatchSource
 from trainer.snapshot import Manifest, Sample, SnapshotStore, check_fits
-from trainer.source import RecordSource
 
 LARGEST_SHARE: Final = 0.05  # of the time, spent on saving
 RETRY_S: Final = 5.0  # after a save that failed
@@ -30,7 +31,7 @@ log = structlog.get_logger()
 class Parts(NamedTuple):
     """What a checkpoint keeps in step."""
 
-    source: RecordSource
+    source: BatchSource
     learner: Learner
     store: SnapshotStore
     dead_letters: DeadLetters
@@ -175,9 +176,9 @@ class Checkpoint:
 
     def _read(self) -> None:
         self._next_reading_s = time.monotonic() + self._settings.trainer.metrics_interval_s
-        learner, source = self._parts.learner, self._parts.source
+        learner, standing = self._parts.learner, self._parts.source.standing()
         readings = learner.read()
-        self._parts.metrics.read(readings, learner.steps, source.lag(self.progress), source.lost_records)
+        self._parts.metrics.read(readings, learner.steps, standing.lag(self.progress), standing.lost_records)
         if readings.drift_alarms > self._drift_alarms:
             self._drift_alarms = readings.drift_alarms
             log.warning(
@@ -240,7 +241,7 @@ class Checkpoint:
         settings, learner, identity = self._settings, self._parts.learner, self._parts.source.identity
         readings = learner.read()
         noise = readings.noise
-        lag = self._parts.source.lag(self.progress)
+        lag = self._parts.source.standing().lag(self.progress)
         return Manifest(
             version=0,
             created_s=0.0,
@@ -267,3 +268,18 @@ class Checkpoint:
             newest=[Sample(time_s=t, label=y, prediction=p) for t, y, p in readings.newest],
             generation=self._generation,
         )
+
+
+def check_same_topic(manifest: Manifest, identity: TopicDescription) -> None:
+    """Whether a snapshot's offsets belong to this topic.
+
+    Raises:
+        TopicChanged: it is on another cluster, or was deleted and made again.
+    """
+    for name in ("cluster_id", "topic", "topic_id"):
+        stored, found = getattr(manifest, name), getattr(identity, name)
+        if stored is not None and found is not None and stored != found:
+            raise TopicChanged(
+                f"snapshot {manifest.version} has learned from {name} {stored!r}, but this is {found!r}: its offsets "
+                "mean nothing here; point kafka.bootstrap_servers and kafka.topic back, or give a new store.url"
+            )

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from trainer.batching import Record
+from trainer.checkpoint import check_same_topic
 from trainer.config import Settings
 from trainer.errors import RecordError, SnapshotError, StoreLocked, TailstreamError
 from trainer.kafka_client import Consumer, create_topic, describe_topic
 from trainer.schema import FeatureSchema
 from trainer.snapshot import SnapshotStore, check_fits
-from trainer.source import check_same_topic
 
 SAMPLE: Final = 100  # records decoded
 WAIT_S: Final = 5.0

@@ -3,6 +3,7 @@
 As with `trainer.model`, everything here is what inference needs, and all of it is in `model.safetensors`.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from trainer.class_predictive import ClassPriors
-from trainer.classes import names_from_tensor, names_to_tensor
 from trainer.config import ModelSettings
 from trainer.losses import ClassCounts
 from trainer.model import FeatureScaler, build_body, prefixed, unprefixed
@@ -104,3 +104,14 @@ def load_classifier(state: dict[str, Tensor], model: ClassModel) -> tuple[list[s
     model.grow(len(names))
     model.load_state_dict(unprefixed("model", state))
     return names, ClassPriors.from_tensors(unprefixed("priors", state))
+
+
+def names_to_tensor(names: Sequence[str]) -> Tensor:
+    """Names as bytes, for a safetensors file."""
+    return torch.frombuffer(bytearray(json.dumps(list(names)).encode()), dtype=torch.uint8)
+
+
+def names_from_tensor(tensor: Tensor) -> list[str]:
+    """What `names_to_tensor` was given."""
+    names: list[str] = json.loads(tensor.numpy().tobytes())
+    return names

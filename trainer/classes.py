@@ -4,12 +4,8 @@ A label is a JSON scalar; its text names the class, so 1, 1.0 and "1" are one. I
 so that batches, the replay buffer and the networks treat it as they do a label that is a number.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
-
-import torch
-from torch import Tensor
 
 from trainer.errors import RecordError
 
@@ -34,6 +30,9 @@ class ClassNames:
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._numbers))
 
     def restore(self, names: Iterable[str]) -> None:
         """Goes on from these names, as a snapshot has them; those of records that it does not cover are forgotten."""
@@ -76,14 +75,3 @@ class ClassNames:
         number = self._numbers[name] = len(self._numbers)
         self._new.append(name)
         return number
-
-
-def names_to_tensor(names: Sequence[str]) -> Tensor:
-    """Names as bytes, for a safetensors file."""
-    return torch.frombuffer(bytearray(json.dumps(list(names)).encode()), dtype=torch.uint8)
-
-
-def names_from_tensor(tensor: Tensor) -> list[str]:
-    """What `names_to_tensor` was given."""
-    names: list[str] = json.loads(tensor.numpy().tobytes())
-    return names

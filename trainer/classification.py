@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from trainer.batching import Batch
 from trainer.class_calibration import LogitCalibration
 from trainer.class_metrics import MAJORITY, ClassMetrics, true_log_probability
-from trainer.class_model import COUNTS_DECAY, Logits, build_class_model, classifier_state
+from trainer.class_model import (
+    COUNTS_DECAY,
+    Logits,
+    build_class_model,
+    classifier_state,
+    names_from_tensor,
+    names_to_tensor,
+)
 from trainer.class_predictive import ClassPriors, class_log_probabilities
-from trainer.classes import names_from_tensor, names_to_tensor
 from trainer.config import Settings
 from trainer.losses import (
     StreamIBLoss,

@@ -171,6 +171,14 @@ class KafkaSettings(_Table):
         return self.dead_letter_topic or f"{self.topic}.dead-letters"
 
 
+class SourceSettings(_Table):
+    """How records get from the topic to the learner."""
+
+    process: bool = Field(
+        default=True, description="Fetch and decode in a process of their own, beside the learning, on a second core."
+    )
+
+
 class BatchSettings(_Table):
     """How records are grouped."""
 
@@ -377,6 +385,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings
     # `schema` is a method of pydantic's own; the table keeps the short name.
     record_schema: SchemaSettings = Field(alias="schema")
+    source: SourceSettings = SourceSettings()
     batch: BatchSettings = BatchSettings()
     learner: LearnerSettings = LearnerSettings()
     model: ModelSettings = ModelSettings()

@@ -19,7 +19,7 @@ TailstreamError
 └── DemoError                 a part of the demo could not be started, or died                   exit 7
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class TailstreamError(Exception):
@@ -49,6 +49,9 @@ class RecordError(TailstreamError):
         super().__init__(message)
         self.reason = reason
         self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self), self.field), self.__dict__
 
 
 class SourceError(TailstreamError):

@@ -5,15 +5,13 @@ import time
 from contextlib import suppress
 from typing import Final
 
-from trainer.batching import Batcher
 from trainer.checkpoint import Checkpoint, Parts
 from trainer.errors import SnapshotError, SourceError
-from trainer.prefetch import prefetched
 
 LETTERS_POLL_S: Final = 0.05
 
 
-def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: float, stop: threading.Event) -> None:
+def train(parts: Parts, checkpoint: Checkpoint, stop: threading.Event) -> None:
     """Learns from the source until told to stop, or until the source has no more.
 
     Rejected records go to the dead letters, and their offsets count as consumed; training waits while too many of them
@@ -22,7 +20,7 @@ def train(parts: Parts, checkpoint: Checkpoint, batcher: Batcher, max_wait_s: fl
     """
     try:
         checkpoint.begin(parts.source.open(checkpoint.progress))
-        with prefetched(parts.source, batcher, max_wait_s, lambda: parts.learner.may_replay) as batches:
+        with parts.source.batches(lambda: parts.learner.may_replay) as batches:
             for batch in batches:
                 if batch is not None:
                     began = time.perf_counter()

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from queue import SimpleQueue
 from types import FrameType
 from typing import Final
@@ -14,17 +15,19 @@ import structlog
 import torch
 
 from trainer.batching import Batcher
-from trainer.checkpoint import Checkpoint, Parts
+from trainer.checkpoint import Checkpoint, Parts, check_same_topic
 from trainer.config import Settings
 from trainer.dead_letter import FLUSH_S, DeadLetters
 from trainer.errors import ConfigError
-from trainer.kafka_client import Producer, create_topic
+from trainer.kafka_client import Producer, TopicDescription, create_topic
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import TrainerMetrics
+from trainer.prefetch import BatchSource, ThreadedSource
 from trainer.schema import FeatureSchema
 from trainer.snapshot import SnapshotStore
-from trainer.source import KafkaSource, check_same_topic
+from trainer.source import KafkaSource, kafka_batches
+from trainer.source_process import SourceProcess
 
 ABORTED: Final = 130  # exit code after a second signal
 OVERDUE: Final = 3  # exit code when a clean stop took longer than trainer.stop_grace_s
@@ -48,25 +51,41 @@ def run(settings: Settings) -> None:
         stop = stack.enter_context(_stop_on_signals(settings.trainer.stop_grace_s))
         port = metrics.serve(settings.trainer.metrics_host, settings.trainer.metrics_port)
         log.info("trainer started", device=str(device), store=str(store.path), metrics_port=port, pid=os.getpid())
-        source = KafkaSource(settings.kafka, stop)
-        stack.callback(source.close)
-        metrics.watch_broker(lambda: source.broker_up)
+        topic = KafkaSource(settings.kafka, stop)
+        metrics.watch_broker(lambda: topic.broker_up)
         learner = Learner(settings, schema, device)
-        source.wait()
+        topic.wait()
         if stop.is_set():
             return
-        producer = source.insist(lambda: _dead_letter_producer(settings))
+        source = _batch_source(settings, schema, topic.identity, stop)
+        stack.callback(source.close)
+        producer = topic.insist(lambda: _dead_letter_producer(settings))
         if producer is None:
             return
         stack.callback(producer.close)
+        metrics.watch_broker(lambda: source.standing().broker_up)
         dead_letters = DeadLetters(producer, settings.kafka.topic, settings.kafka.dead_letters)
         parts = Parts(source, learner, store, dead_letters, metrics)
         checkpoint = Checkpoint(settings, parts)
         manifest = checkpoint.restore()
         if manifest is not None:
             check_same_topic(manifest, source.identity)
-        train(parts, checkpoint, Batcher(schema, settings.batch.size), settings.batch.max_wait_s, stop)
+        train(parts, checkpoint, stop)
         log.info("trainer stopped", samples=learner.samples)
+
+
+def _batch_source(
+    settings: Settings, schema: FeatureSchema, identity: TopicDescription, stop: threading.Event
+) -> BatchSource:
+    """The topic in batches, made where `source.process` says."""
+    max_wait_s = settings.batch.max_wait_s
+    if settings.source.process:
+        make = partial(kafka_batches, settings, identity)
+        log_format = settings.trainer.log_format
+        return SourceProcess(make, schema, settings.batch.size, max_wait_s, identity, stop, log_format)
+    source = KafkaSource(settings.kafka, stop)
+    source.identity = identity
+    return ThreadedSource(source, Batcher(schema, settings.batch.size), max_wait_s)
 
 
 def choose_device(name: str) -> torch.device:

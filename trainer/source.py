@@ -10,13 +10,12 @@ from typing import Final, NamedTuple, Protocol, TypeVar
 
 import structlog
 
-from trainer.batching import PartitionProgress, Progress, Record
-from trainer.config import KafkaSettings
+from trainer.batching import Batcher, PartitionProgress, Progress, Record
+from trainer.config import KafkaSettings, Settings
 from trainer.errors import BrokerUnavailable, OffsetsLost, SourceError, TopicChanged, TopicMissing
 from trainer.files import read_values
 from trainer.kafka_client import PROBE_S, Consumer, TopicDescription, describe_topic
 from trainer.schema import FeatureSchema
-from trainer.snapshot import Manifest
 
 BACKOFF_S: Final = (0.2, 5.0)  # first and longest pause between tries to reach a broker
 SILENCE_S: Final = 1.0  # without a record, before the broker is asked whether it is there
@@ -25,13 +24,32 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 
+class _Place(NamedTuple):
+    """How far one partition has been read; offsets."""
+
+    begun: int
+    delivered: int  # one past the last record that `poll` returned
+    position: int  # where the client read on after the last silence: past transaction markers, which are no records
+
+
+class Standing(NamedTuple):
+    """What a source knows besides its records."""
+
+    broker_up: bool  # whether whoever has the records answers
+    lost_records: int = 0  # that had expired before they were read
+    ends: Mapping[int, int] = {}  # where each partition ended when last heard of
+    places: Mapping[int, _Place] = {}
+
+    def lag(self, progress: Progress) -> dict[int, int]:
+        """Records of each partition between `progress` and its end."""
+        return {p: max(0, end - _reached(self.places[p], progress.get(p))) for p, end in self.ends.items()}
+
+
 class RecordSource(Protocol):
     """Records by partition, in the order of their offsets, from wherever it was told to begin."""
 
     identity: TopicDescription
     exhausted: bool  # whether no more will come, ever; a topic never is
-    lost_records: int  # that had expired before they were read
-    broker_up: bool  # whether whoever has the records answers
 
     def open(self, progress: Progress) -> dict[int, int]:
         """Begins after `progress`; without any, where the source's settings say.
@@ -43,8 +61,8 @@ class RecordSource(Protocol):
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """Up to `max_records` records, or none once `timeout_s` has passed."""
 
-    def lag(self, progress: Progress) -> dict[int, int]:
-        """Records of each partition that `progress` does not cover yet, as far as it is known."""
+    def standing(self) -> Standing:
+        """What it knows besides."""
 
     def commit(self, progress: Progress) -> None:
         """Says from outside how far a durable snapshot has come."""
@@ -53,19 +71,11 @@ class RecordSource(Protocol):
         """Lets go."""
 
 
-class _Place(NamedTuple):
-    """How far one partition has been read; offsets."""
-
-    begun: int
-    delivered: int  # one past the last record that `poll` returned
-    position: int  # where the client read on after the last silence: past transaction markers, which are no records
-
-
 class KafkaSource:
     """All partitions of one topic, assigned and not subscribed: one trainer owns them all.
 
     Partitions that the topic gains while it is read are read from their beginning. The client is for one thread:
-    `open`, `poll` and `close` must not run at the same time. `lag` and `commit` may.
+    `open`, `poll` and `close` must not run at the same time. `standing` and `commit` may.
 
     Attributes:
         identity: the topic as it was when the source was opened.
@@ -267,9 +277,9 @@ class KafkaSource:
             )
             consumer.seek({partition: target})
 
-    def lag(self, progress: Progress) -> dict[int, int]:
-        """Records of each partition between `progress` and the end that was last heard of."""
-        return {p: max(0, end - _reached(self._places[p], progress.get(p))) for p, end in self._ends.items()}
+    def standing(self) -> Standing:
+        """What is known of the broker, and of where each partition ends."""
+        return Standing(self.broker_up, self.lost_records, dict(self._ends), dict(self._places))
 
     def commit(self, progress: Progress) -> None:
         """Has the offsets committed for the group, for lag tools; resuming does not use them."""
@@ -302,21 +312,6 @@ def _by_name(offsets: Mapping[int, int]) -> dict[str, int]:
     return {str(partition): offset for partition, offset in sorted(offsets.items())}
 
 
-def check_same_topic(manifest: Manifest, identity: TopicDescription) -> None:
-    """Whether a snapshot's offsets belong to this topic.
-
-    Raises:
-        TopicChanged: it is on another cluster, or was deleted and made again.
-    """
-    for name in ("cluster_id", "topic", "topic_id"):
-        stored, found = getattr(manifest, name), getattr(identity, name)
-        if stored is not None and found is not None and stored != found:
-            raise TopicChanged(
-                f"snapshot {manifest.version} has learned from {name} {stored!r}, but this is {found!r}: its offsets "
-                "mean nothing here; point kafka.bootstrap_servers and kafka.topic back, or give a new store.url"
-            )
-
-
 class FileSource:
     """A data file as one partition, the record's number its offset."""
 
@@ -326,8 +321,6 @@ class FileSource:
         self._values: Iterator[tuple[int, bytes]] = iter(())
         self.identity = TopicDescription(None, str(path), None, (0,))
         self.exhausted = False
-        self.lost_records = 0
-        self.broker_up = True
 
     def open(self, progress: Progress) -> dict[int, int]:
         """Begins after the records that `progress` covers."""
@@ -346,9 +339,9 @@ class FileSource:
         self.exhausted = len(records) < max_records
         return records
 
-    def lag(self, progress: Progress) -> dict[int, int]:
-        """Nothing: where a file ends is known once it has been read."""
-        return {}
+    def standing(self) -> Standing:
+        """It is there; where it ends is known once it has been read."""
+        return Standing(broker_up=True)
 
     def commit(self, progress: Progress) -> None:
         """Nothing: nobody asks how far a file has been read."""
@@ -356,3 +349,10 @@ class FileSource:
     def close(self) -> None:
         """Lets go of the file."""
         self._values = iter(())
+
+
+def kafka_batches(settings: Settings, identity: TopicDescription, stop: threading.Event) -> tuple[KafkaSource, Batcher]:
+    """A source of a topic that `KafkaSource.wait` has found, and what batches its records."""
+    source = KafkaSource(settings.kafka, stop)
+    source.identity = identity
+    return source, Batcher(FeatureSchema.of(settings), settings.batch.size)

@@ -115,9 +115,9 @@ def test_lag_counts_from_where_reading_began(real_kafka: str, settings_for: Call
         send(settings, rows(20))
         records = read(source, 20)
         assert [record.offset for record in records] == list(range(30, 50))
-        assert source.lag({}) == {0: 20}
-        assert source.lag({0: PartitionProgress(next_offset=45)}) == {0: 5}
-        assert source.lag({0: PartitionProgress(next_offset=50)}) == {0: 0}
+        assert source.standing().lag({}) == {0: 20}
+        assert source.standing().lag({0: PartitionProgress(next_offset=45)}) == {0: 5}
+        assert source.standing().lag({0: PartitionProgress(next_offset=50)}) == {0: 0}
 
 
 def test_the_marker_at_the_end_of_a_transaction_is_no_lag_here_nor_for_the_group(
@@ -141,10 +141,10 @@ def test_the_marker_at_the_end_of_a_transaction_is_no_lag_here_nor_for_the_group
 
         def caught_up() -> bool:
             source.poll(1000, 0.1)
-            return source.lag(learned) == {0: 0}
+            return source.standing().lag(learned) == {0: 0}
 
         wait_until(caught_up, "the marker is passed")
-        assert source.lag({0: PartitionProgress(next_offset=9)})[0] > 0  # a record is still to be learned from
+        assert source.standing().lag({0: PartitionProgress(next_offset=9)})[0] > 0  # one is to be learned
         source.commit({0: PartitionProgress(next_offset=9)})
         source.poll(1000, 0.1)
         source.commit(learned)

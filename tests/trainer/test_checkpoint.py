@@ -20,6 +20,7 @@ from trainer.errors import OffsetsLost, PublishError, SnapshotCorrupt, SnapshotE
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import TrainerMetrics
+from trainer.prefetch import ThreadedSource
 from trainer.snapshot import MODEL_FILE, SnapshotStore
 from trainer.source import FileSource
 
@@ -85,15 +86,15 @@ class Trainer:
         self.learner = Learner(given, self.schema, torch.device("cpu"))
         self.letters = Letters()
         self.metrics = TrainerMetrics()
-        self.parts = Parts(self.source, self.learner, self.store, self.letters, self.metrics)  # type: ignore[arg-type]
+        threaded = ThreadedSource(self.source, Batcher(self.schema, given.batch.size), 600.0)
+        self.parts = Parts(threaded, self.learner, self.store, self.letters, self.metrics)  # type: ignore[arg-type]
         self.checkpoint = Checkpoint(given, self.parts)
 
     def run(self, polls: int = 10**9) -> None:
         self.source.polls_left = polls
-        batcher = Batcher(self.schema, self.settings.batch.size)
         with self.store.lock():
             self.checkpoint.restore()
-            train(self.parts, self.checkpoint, batcher, 600.0, self.source.stop)
+            train(self.parts, self.checkpoint, self.source.stop)
 
     def learn(self, batch: Batch) -> None:
         self.learner.step(batch)

@@ -4,9 +4,10 @@ import pytest
 
 from tests.trainer.stream import make_manifest, make_schema, make_settings, values
 from trainer.batching import PartitionProgress
+from trainer.checkpoint import check_same_topic
 from trainer.errors import ConfigError, TopicChanged
 from trainer.kafka_client import TopicDescription
-from trainer.source import FileSource, check_same_topic
+from trainer.source import FileSource
 
 SETTINGS = make_settings()
 LINES = values(25)
