@@ -25,7 +25,7 @@ from trainer.publish import publish
 from trainer.schema import FeatureSchema
 from trainer.snapshot import Manifest, Snapshot, SnapshotStore
 
-WAIT_S: Final = 90.0
+WAIT_S: Final = 180.0
 STARTED: Final = "trainer started"
 
 # Trainers are forked from a process that has imported torch, which takes most of a start; they are processes of their

@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
     weights_sha256: str
     reference_sha256: str
     torn: int
-    rss_ratio: float | None  # None where too few records were asked for
+    rss_ratio: float | None  # None where it was not asked for
 
     @property
     def fine(self) -> bool:
@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        """Whether memory stayed as it was, where it was measured."""
+        """Whether memory stayed as it was; where it was not measured, nothing is known against it."""
         return self.rss_ratio is None or self.rss_ratio <= 1.1
 
 
@@ -169,6 +169,10 @@ def main() -> int:
     parser.add_argument("--rss-records", type=int, default=2_000_000, help="0 measures no memory")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if 0 < options.rss_records <= RSS_RECORDS:
+        parser.error(
+            f"--rss-records: memory is compared with that after {RSS_RECORDS} records, so ask for more, or for 0"
+        )
     with tempfile.TemporaryDirectory(prefix="tailstream-chaos-") as folder:
         ground = ground_or_leave(parser, Path(folder))
         try:
@@ -178,6 +182,8 @@ def main() -> int:
             ground.close()
     text = json.dumps(outcome._asdict(), indent=1)
     print(text)
+    if outcome.rss_ratio is None:
+        print("memory was not measured: --rss-records 0", file=sys.stderr)
     if options.json:
         options.json.write_text(text + "\n")
     return int(not outcome.fine)

@@ -23,6 +23,8 @@ from trainer.letter_replay import read_letters
 from trainer.snapshot import SnapshotStore
 
 HUGE_BYTES = 900_000  # a broker takes 1 MiB by default
+LARGEST_KEY_BYTES = 1_048_576 - 300  # and this, but not with the headers of a dead letter
+RARELY = 20_000
 VALUES = [
     *("null", "true", "[]", "{}", "[[1]]", '{"price": 1}', '""', '"12"', '"NaN"', "NaN", "Infinity", "-Infinity"),
     *("1e308", "1e309", "-1e400", "1e39", "-0", "1e-400", "9" * 400, "12345678901234567890"),
@@ -38,12 +40,19 @@ def fuzzed(count: int, seed: int = 0) -> Iterator[bytes | None]:
     ways = [_bytes, _cut, _value, _value, _twice, _deep, _null, _empty, _noise, _bom, _array]
     for number in range(count):
         value = random_.choice(good)
-        if number % 20_000 == 7:
+        if number % RARELY == 7:
             yield value[:-1] + b', "note": "' + b"x" * HUGE_BYTES + b'"}'
+        elif number % RARELY == 11:
+            yield b"{"  # with a key that is no shorter, see `key`
         elif random_.random() < 0.3:
             yield value
         else:
             yield random_.choice(ways)(value, random_)
+
+
+def key(number: int) -> bytes:
+    """The key of a record: its number, or now and then what leaves a dead letter no room."""
+    return random.Random(number).randbytes(LARGEST_KEY_BYTES) if number % RARELY == 11 else str(number).encode()
 
 
 def _bytes(value: bytes, random_: random.Random) -> bytes:
@@ -116,7 +125,7 @@ def run(config: Path, records: int, start: Callable[[Path], Trainer] = Trainer) 
     tombstones = []
     with closing(Producer(settings.kafka)) as producer:
         for offset, value in enumerate(fuzzed(records)):
-            producer.send(settings.kafka.topic, value, str(offset).encode())
+            producer.send(settings.kafka.topic, value, key(offset))
             if value is None:
                 tombstones.append(offset)
         producer.flush()

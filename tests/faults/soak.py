@@ -1,6 +1,7 @@
 """Everything at random for a long time: `python -m tests.faults.soak --seconds 3600` prints one table at the end."""
 
 import argparse
+import os
 import random
 import signal
 import sys
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from tests.faults.case import Ground
 from tests.faults.chaos import progress
-from tests.faults.fuzz import fuzzed
+from tests.faults.fuzz import fuzzed, key
 from tests.faults.place import ground_or_leave
 from tests.faults.stores import small_disk
 from tests.rig import Trainer, rows, wait_until
@@ -51,7 +52,7 @@ class Soak:
     def _send(self, values: list[bytes] | list[bytes | None]) -> None:
         with closing(Producer(self.settings.kafka)) as producer:
             for value in values:
-                producer.send(self.settings.kafka.topic, value, str(self.sent).encode())
+                producer.send(self.settings.kafka.topic, value, key(self.sent))
                 if value is None:
                     self.tombstones += 1
                     self.tombstone_offsets += self.sent
@@ -67,13 +68,30 @@ class Soak:
         self._stop()
         self.trainer = Trainer(self.config)
 
+    def trainer_told_twice(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(self.trainer.pid, number)
+            time.sleep(self._random.uniform(0, 0.2))
+        code = self.trainer.wait()
+        assert code in (0, 130), f"exit code {code}: {self.trainer.log.read_text()[-3000:]}"
+        self.trainer = Trainer(self.config)
+
+    def second_trainer(self) -> None:
+        code = Trainer(self.config, wait=False).wait()
+        assert code == 5, f"a second trainer was let in: exit code {code}"
+
+    def store_gone(self) -> None:
+        path, aside = self.settings.store.path, self._disk / "aside"
+        path.rename(aside)
+        self.good_records()
+        time.sleep(self._random.uniform(0, 5))
+        aside.rename(path)
+
     def _stop(self) -> None:
         code = self.trainer.stop()
         assert code == 0, f"exit code {code}: {self.trainer.log.read_text()[-3000:]}"
 
     def trainer_frozen(self) -> None:
-        import os
-
         os.kill(self.trainer.pid, signal.SIGSTOP)
         time.sleep(self._random.uniform(0, 3))
         os.kill(self.trainer.pid, signal.SIGCONT)
@@ -148,9 +166,12 @@ ACTIONS = {
     "trainer killed": (Soak.trainer_killed, 4),
     "trainer stopped": (Soak.trainer_stopped, 1),
     "trainer frozen": (Soak.trainer_frozen, 1),
+    "trainer told to stop twice": (Soak.trainer_told_twice, 1),
+    "second trainer": (Soak.second_trainer, 1),
     "broker killed": (Soak.broker_killed, 1),
     "broker stopped": (Soak.broker_stopped, 1),
     "store full": (Soak.store_full, 1),
+    "store gone and back": (Soak.store_gone, 1),
     "newest snapshot damaged": (Soak.newest_snapshot_damaged, 1),
     "rolled back": (Soak.rolled_back, 1),
 }
