@@ -24,7 +24,8 @@ from tests.rig import (
     wait_until_consumed,
 )
 from trainer.config import Settings
-from trainer.kafka_client import Consumer
+from trainer.kafka_client import Consumer, Producer
+from trainer.process import OVERDUE
 
 AWAY_S: Final = float(os.environ.get("TAILSTREAM_TEST_AWAY_S", "5"))  # how long the stopped broker stays away
 AWAY: Final = "the broker is away"
@@ -106,6 +107,39 @@ def stop_without_broker(ground: Ground) -> str:
     return f"exit {code}; {consumed(snapshot.manifest)} records durable"
 
 
+@case(
+    "stop while the broker is away and letters wait for it",
+    "exit 5 within the grace, saying why; with it back: 203 records, 200 trained, 3 letters",
+)
+def stop_with_letters_waiting(ground: Ground) -> str:
+    config, settings = ground.settings()
+    send(settings, rows(200))
+    trainer = Trainer(config)
+    wait_until_consumed(settings, 200, trainer)
+    with admin(settings) as client:
+        client.delete_topics([settings.kafka.dead_letters])
+    send_strange(settings, 3)
+    trainer.says("no snapshot: training goes on")
+    ground.kafka.kill()
+    trainer.says(AWAY)
+    code = trainer.stop()
+    why = "saying why" if "what was learned since the last snapshot is lost" in trainer.log.read_text() else "SILENT"
+    ground.kafka.start()
+    trainer = Trainer(config)
+    part = wait_until_consumed(settings, 203, trainer).manifest.partitions[0]
+    trainer.stop()
+    letters = {letter.value for letter in read_all(settings, settings.kafka.dead_letters, 3)}
+    back = f"{part.next_offset} records, {part.trained} trained, {len(letters)} letters"
+    return f"exit {code}{' within the grace' if code != OVERDUE else ''}, {why}; with it back: {back}"
+
+
+def send_strange(settings: Settings, count: int) -> None:
+    with closing(Producer(settings.kafka)) as producer:
+        for number in range(count):
+            producer.send(settings.kafka.topic, b"not a record %d" % number)
+        producer.flush()
+
+
 @case("records deleted that were not read yet", "exit 4 naming both offsets; with earliest: 150 lost, 250 trained")
 def records_deleted(ground: Ground) -> str:
     config, settings = ground.settings()
@@ -182,10 +216,7 @@ def dead_letters_gone(ground: Ground) -> str:
     wait_until_consumed(settings, 100, trainer)
     with admin(settings) as client:
         client.delete_topics([settings.kafka.dead_letters])
-        with closing(kafka.KafkaProducer(bootstrap_servers=settings.kafka.bootstrap_servers)) as producer:
-            for number in range(3):
-                producer.send(settings.kafka.topic, b"not a record %d" % number)
-            producer.flush()
+        send_strange(settings, 3)
         send(settings, rows(100))
         trainer.says("no snapshot: training goes on")
         wait_until(lambda: metric(trainer, "train_samples_total") == 200, "it trains all the same")

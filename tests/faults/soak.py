@@ -18,7 +18,7 @@ from tests.faults.case import Ground
 from tests.faults.chaos import progress
 from tests.faults.fuzz import fuzzed, key
 from tests.faults.place import ground_or_leave
-from tests.faults.stores import small_disk
+from tests.faults.stores import fill, small_disk
 from tests.rig import Trainer, rows, wait_until
 from trainer.audit import verify
 from trainer.batching import CHECKSUM_MODULUS
@@ -35,7 +35,7 @@ class Soak:
         self._ground = ground
         self._random = random.Random(seed)
         self._disk = disk
-        config = ground.config()
+        config = ground.config(trainer__stop_grace_s="120.0")  # how fast this machine is, is not what it is about
         config.write_text(config.read_text().replace(str(load(config).store.path), str(disk / "snapshots")))
         self.config, self.settings = config, load(config)
         create_topic(self.settings.kafka, self.settings.kafka.topic, 1)
@@ -107,12 +107,7 @@ class Soak:
         self._ground.kafka.start()
 
     def store_full(self) -> None:
-        with (self._disk / "ballast").open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(65536))
-            except OSError:
-                pass
+        fill(self._disk)
         self.good_records()
         time.sleep(self._random.uniform(0, 5))
         (self._disk / "ballast").unlink()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,42 @@ def on_small_disk(ground: Ground, ill: Callable[[Path], None], well: Callable[[P
     return f"{seen}; said {log.count(FAILED)} and {log.count(WORKS)} times{f', left {leftovers}' if leftovers else ''}"
 
 
+def fill(disk: Path) -> None:
+    """Leaves no room at all."""
+    with (disk / "ballast").open("wb", buffering=0) as file:
+        for size in (65536, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
 ON_DISK = "400 records, each once; said 1 and 1 times"
 
 
 @case("store full", ON_DISK)
 def store_full(ground: Ground) -> str:
-    def fill(disk: Path) -> None:
-        with (disk / "ballast").open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(65536))
-            except OSError:
-                pass
-
     return on_small_disk(ground, fill, lambda disk: (disk / "ballast").unlink())
+
+
+@case("started on a full store", "learns on, saves once there is room; 400 records, each once")
+def started_on_full_store(ground: Ground) -> str:
+    config, settings = ground.settings()
+    disk = settings.store.path.parent / "disk"
+    config.write_text(config.read_text().replace(str(settings.store.path), str(disk / "snapshots")))
+    settings = load(config)
+    with small_disk(disk, "16m"):
+        send(settings, rows(200))
+        trainer = Trainer(config)
+        wait_until_consumed(settings, 200, trainer)
+        assert trainer.stop() == 0
+        send(settings, rows(200, seed=1))
+        fill(disk)
+        trainer = Trainer(config)
+        trainer.says(FAILED)
+        (disk / "ballast").unlink()
+        trainer.says(WORKS)
+        wait_until_consumed(settings, 400, trainer)
+        return f"learns on, saves once there is room; {outcome(settings, trainer)}"
 
 
 @case("store read-only", ON_DISK)
