@@ -28,7 +28,7 @@ from service.versions import Versions, versions_router
 from service.watcher import Watcher
 from trainer.config import ServiceSettings, Settings
 from trainer.schema import FeatureSchema
-from trainer.snapshot import SnapshotStore
+from trainer.snapshot import open_store
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -40,7 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
     torch.set_num_threads(settings.threads)
     schema = FeatureSchema.of(settings)
     fresh_answering(schema, settings)  # a body that cannot be made is said at once, not in a log
-    store = SnapshotStore(settings.store.path)
+    store = open_store(settings.store)
     watcher = Watcher(store, settings)
     versions = Versions(store, settings)
     batcher = Batcher(lambda: watcher.predictor, settings.service.max_queue)

@@ -28,9 +28,10 @@ from trainer.dead_letter import HEADER_PREFIX
 from trainer.errors import ConfigError, DemoError, SnapshotCorrupt, TailstreamError
 from trainer.files import as_json
 from trainer.kafka_client import Consumer, create_topic, describe_topic
+from trainer.manifest import Manifest
 from trainer.publish import publish
 from trainer.schema import FeatureSchema
-from trainer.snapshot import Manifest, SnapshotStore
+from trainer.snapshot import SnapshotStore, open_store
 
 WATCH_S: Final = 0.2
 ANSWER_S: Final = 30.0  # to wait for the first prediction once records have been learned
@@ -197,7 +198,7 @@ class _Demo:
     def learn(self, began: float) -> None:
         """Watches until everything published has been learned or set aside."""
         kill_at = self.options.kill_trainer_at
-        store = SnapshotStore(self.settings.store.path)
+        store = open_store(self.settings.store)
         with Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(),

@@ -15,8 +15,8 @@ from service.predictor import Predictor
 from service.workers import SHARED_COUNTERS
 from trainer.class_metrics import RECALLS
 from trainer.class_metrics import SHOWN as CLASS_METRICS
+from trainer.manifest import Manifest
 from trainer.prequential import SHOTS
-from trainer.snapshot import Manifest
 
 PREFIX: Final = "tailstream_"
 BALANCES: Final = ("0", "1")

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.metrics import age_s
-from trainer.snapshot import Manifest
+from trainer.manifest import Manifest
 
 
 class PartitionState(BaseModel):

@@ -16,8 +16,9 @@ import torch
 from service.answers import Answering, Asked, NumberAnswering, fresh_answering
 from trainer.config import Settings
 from trainer.errors import SnapshotError, TailstreamError
+from trainer.manifest import Manifest, check_fits
 from trainer.schema import Columns, FeatureSchema, Row
-from trainer.snapshot import Manifest, Snapshot, SnapshotStore, check_fits
+from trainer.snapshot import Snapshot, SnapshotStore
 
 PASS_MULTIPLE: Final = 64
 

@@ -36,7 +36,7 @@ def serve(settings: Settings) -> None:
     check_reach(settings.service)
     workers = settings.service.workers
     with bind(settings.service.host, settings.service.port) as listener:
-        log.info("serving", url=url(listener), store=str(settings.store.path), workers=workers)
+        log.info("serving", url=url(listener), store=settings.store.url, workers=workers)
         if workers == 1:
             answer_at(listener, settings)
         else:

@@ -12,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.predictor import Predictor, load_predictor
 from service.problems import FOREIGN, NO_SUCH_VERSION, OVERLOADED, STORE, UNUSABLE_VERSION, Problem, described
-from service.watcher import SnapshotKey, Watcher, snapshot_key, snapshot_keys
+from service.watcher import Watcher
 from trainer.config import Settings
 from trainer.errors import SnapshotCorrupt, SnapshotError, TailstreamError
-from trainer.snapshot import Manifest, SnapshotStore
+from trainer.manifest import Manifest
+from trainer.snapshot import SnapshotStore
+from trainer.storage import SnapshotKey
 
 KEPT_LOADED: Final = 4  # models of asked versions that stay in memory
 MOST_WAITING: Final = 64  # requests that wait for the store; a load takes some tens of milliseconds
@@ -142,7 +144,7 @@ class Versions:
     # In the thread
 
     def _predictor(self, version: int) -> Predictor:
-        key = snapshot_key(self._store, version)
+        key = self._key(version)
         if key is None:
             raise _no_such(version)
         if key not in self._loaded:
@@ -152,21 +154,27 @@ class Versions:
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
+    def _key(self, version: int) -> SnapshotKey | None:
+        try:
+            return self._store.key(version)
+        except SnapshotError as error:
+            raise Problem(STORE, f"{error}.") from error
+
     def _load(self, key: SnapshotKey) -> Predictor:
         try:
             return load_predictor(self._store, key.version, self._settings)
         except TailstreamError as error:
-            if snapshot_key(self._store, key.version) != key:  # retention was faster
+            if self._key(key.version) != key:  # retention was faster
                 raise _no_such(key.version) from None
             raise Problem(UNUSABLE_VERSION, f"Version {key.version} cannot answer: {error}.") from error
 
     def _kept(self) -> list[KeptModel]:
         try:
-            keys = snapshot_keys(self._store)
+            keys = self._store.snapshots()
         except SnapshotError as error:
             raise Problem(STORE, f"{error}.") from error
         listed: dict[SnapshotKey, KeptModel] = {}
-        for key in keys:
+        for key in reversed(keys):
             try:
                 listed[key] = self._listed.get(key) or _summary(self._store.manifest(key.version))
             except SnapshotCorrupt:
@@ -184,7 +192,7 @@ class Versions:
         except SnapshotError as error:
             raise Problem(STORE, f"{error}.") from error
         except OSError as error:
-            raise Problem(STORE, f"The pin could not be written to {self._store.path}: {error.strerror}.") from error
+            raise Problem(STORE, f"The pin could not be written to {self._store.where}: {error.strerror}.") from error
         log.info("services follow the newest snapshot" if version is None else "version pinned", model_version=version)
 
 

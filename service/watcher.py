@@ -2,42 +2,19 @@
 
 import threading
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import structlog
 
 from service.predictor import Predictor, load_predictor
 from trainer.config import Settings
 from trainer.errors import SnapshotCorrupt, SnapshotError, TailstreamError
-from trainer.snapshot import MANIFEST_FILE, SnapshotStore
+from trainer.snapshot import SnapshotStore
+from trainer.storage import SnapshotKey
 
 STOP_S: Final = 10.0  # longest wait for a load that runs while the service stops
 
 log = structlog.stdlib.get_logger(__name__)
-
-
-class SnapshotKey(NamedTuple):
-    """Tells apart snapshots of one number, where a store was emptied and begun anew."""
-
-    version: int
-    written_ns: int
-
-
-def snapshot_key(store: SnapshotStore, version: int) -> SnapshotKey | None:
-    """The key of a snapshot; None where there is none of that number."""
-    try:
-        return SnapshotKey(version, (store.folder(version) / MANIFEST_FILE).stat().st_mtime_ns)
-    except OSError:
-        return None
-
-
-def snapshot_keys(store: SnapshotStore) -> list[SnapshotKey]:
-    """All snapshots of a store, from the newest; without those that went while they were listed.
-
-    Raises:
-        SnapshotError: the store cannot be read.
-    """
-    return [key for version in reversed(store.versions()) if (key := snapshot_key(store, version)) is not None]
 
 
 class Watcher:
@@ -55,7 +32,7 @@ class Watcher:
     def __init__(self, store: SnapshotStore, settings: Settings) -> None:
         self.predictor: Predictor | None = None
         self.pinned: int | None = None
-        self.trouble: str | None = f"there is no snapshot in {store.path}"
+        self.trouble: str | None = f"there is no snapshot in {store.where}"
         self._store = store
         self._settings = settings
         self._loaded: SnapshotKey | None = None
@@ -93,7 +70,7 @@ class Watcher:
             try:
                 self.poll()
             except Exception:  # a thread that died would freeze the model without a word
-                log.exception("looking at the snapshot store failed", store=str(self._store.path))
+                log.exception("looking at the snapshot store failed", store=self._store.where)
 
     def _follow(self) -> str | None:
         """Takes the best snapshot there is.
@@ -102,12 +79,12 @@ class Watcher:
             Why the newest one (or the pinned one) is not in use or should not be, None if all is well.
         """
         self.pinned = pinned = self._store.active()
-        keys = [key for key in snapshot_keys(self._store) if pinned is None or key.version == pinned]
+        keys = [key for key in reversed(self._store.snapshots()) if pinned is None or key.version == pinned]
         self._refused = {key: why for key, why in self._refused.items() if key in keys}
         self._health = {key: healthy for key, healthy in self._health.items() if key in keys}
         if not keys:
             what = "no snapshot" if pinned is None else f"no snapshot {pinned}, which is the pinned one,"
-            return f"there is {what} in {self._store.path}"
+            return f"there is {what} in {self._store.where}"
         for key in keys if pinned is not None else self._candidates(keys):
             if key == self._loaded or (key not in self._refused and self._take(key)):
                 break
@@ -148,5 +125,5 @@ class Watcher:
 
     def _refuse(self, key: SnapshotKey, why: str) -> None:
         """Remembers not to try again what is broken for good; what retention has just removed is not."""
-        if key in snapshot_keys(self._store):
+        if key in self._store.snapshots():
             self._refused[key] = why

@@ -21,9 +21,10 @@ from trainer.batching import CHECKSUM_MODULUS, PartitionProgress, Record
 from trainer.config import KafkaSettings, Settings
 from trainer.errors import BrokerUnavailable
 from trainer.kafka_client import Consumer, cluster_id, describe_topic
+from trainer.manifest import Manifest
 from trainer.publish import publish
 from trainer.schema import FeatureSchema
-from trainer.snapshot import Manifest, Snapshot, SnapshotStore
+from trainer.snapshot import Snapshot, SnapshotStore
 
 WAIT_S: Final = 180.0
 STARTED: Final = "trainer started"

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from trainer.batching import CHECKSUM_MODULUS, PartitionProgress
 from trainer.errors import SnapshotCorrupt
-from trainer.snapshot import Manifest, SnapshotStore
+from trainer.manifest import Manifest
+from trainer.snapshot import SnapshotStore
 
 
 class Verdict(NamedTuple):
@@ -25,7 +26,7 @@ def verify(store: SnapshotStore) -> Iterator[Verdict]:
         try:
             manifest = store.load(version, training=True).manifest
         except SnapshotCorrupt as fault:
-            if store.folder(version).exists():  # else the trainer has pruned it meanwhile
+            if store.key(version) is not None:  # else the trainer has pruned it meanwhile
                 yield Verdict(version, None, (str(fault),))
             continue
         faults = [*impossible(manifest)]

@@ -17,9 +17,10 @@ from trainer.dead_letter import DeadLetters
 from trainer.errors import PublishError, SnapshotCorrupt, SnapshotError, SnapshotMismatch, TopicChanged
 from trainer.kafka_client import TopicDescription
 from trainer.learner import Learner
+from trainer.manifest import Manifest, Sample, check_fits
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import BatchSource
-from trainer.snapshot import Manifest, Sample, SnapshotStore, check_fits
+from trainer.snapshot import SnapshotStore
 
 LARGEST_SHARE: Final = 0.05  # of the time, spent on saving
 RETRY_S: Final = 5.0  # after a save that failed
@@ -93,7 +94,7 @@ class Checkpoint:
         if snapshot is None:
             if faults:
                 raise SnapshotCorrupt(
-                    f"none of the {len(faults)} snapshots in {self._parts.store.path} can be resumed from, the newest "
+                    f"none of the {len(faults)} snapshots in {self._parts.store.where} can be resumed from, the newest "
                     f"because: {faults[0]}; bring one back, or give a new store.url to begin anew"
                 )
             return None
@@ -216,7 +217,7 @@ class Checkpoint:
             self._failed(str(error))
             return
         except OSError as error:
-            self._failed(f"the snapshot could not be written to {self._parts.store.path}: {error}")
+            self._failed(f"the snapshot could not be written to {self._parts.store.where}: {error}")
             return
         cost_s = save.copied_s + processor_s
         self._next_s = save.began_s + max(self._settings.store.interval_s, cost_s / LARGEST_SHARE)

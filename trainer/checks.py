@@ -1,17 +1,16 @@
 """What `tailstream check` looks at before a trainer is started."""
 
-import os
-import threading
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from trainer.batching import Record
 from trainer.checkpoint import check_same_topic
 from trainer.config import Settings
-from trainer.errors import RecordError, SnapshotError, StoreLocked, TailstreamError
+from trainer.errors import RecordError, StoreLocked, TailstreamError
 from trainer.kafka_client import Consumer, create_topic, describe_topic
+from trainer.manifest import check_fits
 from trainer.schema import FeatureSchema
-from trainer.snapshot import SnapshotStore, check_fits
+from trainer.snapshot import SnapshotStore, open_store
 
 SAMPLE: Final = 100  # records decoded
 WAIT_S: Final = 5.0
@@ -106,30 +105,25 @@ def _dead_letters(settings: Settings) -> Finding:
 
 
 def _store(settings: Settings) -> Finding:
-    store = SnapshotStore(settings.store.path)
+    store = open_store(settings.store)
     try:
         return _store_to_write(settings, store)
     except StoreLocked:
-        return Finding(True, f"{store.path} is being written to by a trainer that runs")
+        return Finding(True, f"{store.where} is being written to by a trainer that runs")
 
 
 def _store_to_write(settings: Settings, store: SnapshotStore) -> Finding:
     with store.lock():
-        probe = store.path / f".probe-{os.getpid()}-{threading.get_ident()}"
-        try:
-            probe.write_bytes(b"probe")
-            probe.unlink()
-        except OSError as error:
-            raise SnapshotError(f"{store.path} cannot be written to: {error}") from error
+        store.storage.probe()
         snapshot, faults = store.newest(training=False)
         if snapshot is None:
-            return Finding(True, f"{store.path} can be written to; no snapshot yet, {len(faults)} broken")
+            return Finding(True, f"{store.where} can be written to; no snapshot yet, {len(faults)} broken")
         check_fits(snapshot.manifest, settings)
-    return Finding(True, f"{store.path} holds version {snapshot.manifest.version}, which fits this configuration")
+    return Finding(True, f"{store.where} holds version {snapshot.manifest.version}, which fits this configuration")
 
 
 def _resume(settings: Settings) -> Finding:
-    snapshot, _ = SnapshotStore(settings.store.path).newest(training=False)
+    snapshot, _ = open_store(settings.store).newest(training=False)
     if snapshot is None:
         return Finding(True, f"a first start, from {settings.kafka.start!r}")
     check_same_topic(snapshot.manifest, describe_topic(settings.kafka, settings.kafka.topic, WAIT_S))

@@ -67,8 +67,8 @@ def verify(config: ConfigFile) -> None:
             say(f"              {fault}")
     if faulty:
         raise SnapshotError(
-            f"{faulty} of {checked} snapshots in {store.path} are not what they say; a trainer passes over those whose "
-            "files are damaged, and `tailstream snapshots rollback` goes back to one before the others"
+            f"{faulty} of {checked} snapshots in {store.where} are not what they say; a trainer passes over those "
+            "whose files are damaged, and `tailstream snapshots rollback` goes back to one before the others"
         )
     say(f"{checked} snapshots, all whole, their counters agree")
 
@@ -89,7 +89,7 @@ def pin(
     try:
         store.pin(version)
     except OSError as error:
-        raise SnapshotError(f"the pin could not be written to {store.path}: {error}") from error
+        raise SnapshotError(f"the pin could not be written to {store.where}: {error}") from error
     say("the service follows the newest snapshot" if version is None else f"the service stays with {version}")
 
 
@@ -108,7 +108,7 @@ def rollback(version: Version, config: ConfigFile) -> None:
         try:
             manifest = store.rollback(version)
         except OSError as error:
-            raise SnapshotError(f"the copy of {version} could not be written to {store.path}: {error}") from error
+            raise SnapshotError(f"the copy of {version} could not be written to {store.where}: {error}") from error
     say(f"version {manifest.version} is a copy of {version}: a trainer resumes from it, at {manifest.samples} samples")
     pinned = store.active()
     if pinned is not None:
@@ -117,9 +117,9 @@ def rollback(version: Version, config: ConfigFile) -> None:
 
 def _store(config: "ConfigFile") -> "SnapshotStore":
     from trainer.errors import SnapshotError
-    from trainer.snapshot import SnapshotStore
+    from trainer.snapshot import open_store
 
-    store = SnapshotStore(load_settings(config).store.path)
-    if not store.path.is_dir():
-        raise SnapshotError(f"there is no snapshot store at {store.path}; see store.url")
+    store = open_store(load_settings(config).store)
+    if not store.storage.exists():
+        raise SnapshotError(f"there is no snapshot store at {store.where}; see store.url")
     return store

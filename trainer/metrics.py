@@ -10,8 +10,8 @@ from trainer.batching import Batch
 from trainer.class_metrics import RECALLS, SHOWN
 from trainer.errors import ConfigError
 from trainer.learner import Readings
+from trainer.manifest import Manifest
 from trainer.prequential import SHOTS
-from trainer.snapshot import Manifest
 
 PREFIX: Final = "tailstream_"
 RATE_WEIGHT: Final = 0.3  # of the newest interval in the fading rate

@@ -25,7 +25,7 @@ from trainer.loop import train
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import BatchSource, ThreadedSource
 from trainer.schema import FeatureSchema
-from trainer.snapshot import SnapshotStore
+from trainer.snapshot import open_store
 from trainer.source import KafkaSource, kafka_batches
 from trainer.source_process import SourceProcess
 
@@ -44,13 +44,13 @@ def run(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
     schema = FeatureSchema.of(settings)
-    store = SnapshotStore(settings.store.path)
+    store = open_store(settings.store)
     metrics = TrainerMetrics()
     with ExitStack() as stack:
         stack.enter_context(store.lock())
         stop = stack.enter_context(_stop_on_signals(settings.trainer.stop_grace_s))
         port = metrics.serve(settings.trainer.metrics_host, settings.trainer.metrics_port)
-        log.info("trainer started", device=str(device), store=str(store.path), metrics_port=port, pid=os.getpid())
+        log.info("trainer started", device=str(device), store=store.where, metrics_port=port, pid=os.getpid())
         topic = KafkaSource(settings.kafka, stop)
         metrics.watch_broker(lambda: topic.broker_up)
         learner = Learner(settings, schema, device)

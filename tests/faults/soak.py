@@ -117,7 +117,7 @@ class Soak:
         store = SnapshotStore(self.settings.store.path)
         versions = store.versions()
         if len(versions) > 1:
-            path = self._random.choice(sorted(store.folder(versions[-1]).iterdir()))
+            path = self._random.choice(sorted(store.storage.folder(versions[-1]).iterdir()))
             data = bytearray(path.read_bytes())
             data[self._random.randrange(len(data))] ^= 1 << self._random.randrange(8)
             path.write_bytes(data)

@@ -20,7 +20,8 @@ from tests.faults.case import Ground, case
 from tests.rig import Trainer, newest, rows, send, wait_until, wait_until_consumed
 from tests.service.store import make_settings, manifest
 from trainer.config import Settings, load
-from trainer.snapshot import MANIFEST_FILE, MODEL_FILE, TRAINING_FILE, SnapshotStore
+from trainer.snapshot import MODEL_FILE, TRAINING_FILE, SnapshotStore
+from trainer.storage import MANIFEST_FILE
 
 FAILED = "no snapshot: training goes on"
 WORKS = "snapshots are written again"
@@ -205,7 +206,7 @@ def flipped_bit(ground: Ground) -> str:
         wait_until_consumed(settings, 100 * (turn + 1), trainer)
         assert trainer.stop() == 0
         store = SnapshotStore(settings.store.path)
-        path = store.folder(store.versions()[-1]) / name
+        path = store.storage.folder(store.versions()[-1]) / name
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 4
         path.write_bytes(data)
@@ -246,7 +247,7 @@ def _final(settings: Settings, trainer: Trainer) -> str:
 
 def write(store: SnapshotStore, value: float) -> int:
     tensors = {"weight": torch.full((64, 64), value)}
-    return store.write(manifest(make_settings(store.path)), tensors, tensors).version
+    return store.write(manifest(make_settings(store.storage.path)), tensors, tensors).version
 
 
 def die_after(number: int, path: Path) -> None:
@@ -302,10 +303,10 @@ def death_after_every_file_operation(ground: Ground) -> str:
     while codes == {-signal.SIGKILL}:
         number += 1
         store = SnapshotStore(path / str(number))
-        store.path.mkdir(parents=True)
+        store.storage.path.mkdir(parents=True)
         for _ in range(6):  # so that there is one to remove
             write(store, 1.0)
-        process = processes.Process(target=die_after, args=(number, store.path), daemon=True)
+        process = processes.Process(target=die_after, args=(number, store.storage.path), daemon=True)
         process.start()
         process.join(60)
         codes = {process.exitcode or 0}
@@ -317,7 +318,10 @@ def death_after_every_file_operation(ground: Ground) -> str:
             faults.append(f"operation {number}: pinned {store.active()}")
         with store.lock():
             version = write(store, 3.0)
-        if list(store.path.glob(".tmp-*")) or store.load(version, training=True).training["weight"][0, 0] != 3.0:
+        if (
+            list(store.storage.path.glob(".tmp-*"))
+            or store.load(version, training=True).training["weight"][0, 0] != 3.0
+        ):
             faults.append(f"operation {number}: the next write")
     if codes != {0} or number < 20:
         faults.append(f"{number} operations, exit {codes}")

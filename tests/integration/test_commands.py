@@ -61,7 +61,7 @@ def test_a_store_is_listed_checked_pinned_and_rolled_back(
     assert (newest.samples, newest.generation) == (200, 1)
     assert tailstream("snapshots", "verify", config=config)[0] == 0
 
-    (store.folder(first) / MODEL_FILE).write_bytes(b"torn")
+    (store.storage.folder(first) / MODEL_FILE).write_bytes(b"torn")
     code, output = tailstream("snapshots", "verify", config=config)
     assert code == 5
     assert f"FAIL {first:>8}" in output

@@ -12,9 +12,10 @@ from trainer.batching import PartitionProgress
 from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.label_density import LabelDensity, LabelGrid
+from trainer.manifest import Manifest, Sample
 from trainer.model import Model, build_model
 from trainer.schema import FeatureSchema
-from trainer.snapshot import Manifest, Sample, Snapshot, SnapshotStore
+from trainer.snapshot import Snapshot, SnapshotStore
 
 METRICS = {
     window: {

@@ -13,7 +13,8 @@ from tests.service.conftest import running, until
 from tests.service.store import in_process, instance, make_settings, write_snapshot
 from trainer.config import Settings
 from trainer.schema import FeatureSchema
-from trainer.snapshot import ACTIVE_FILE, MODEL_FILE, SnapshotStore
+from trainer.snapshot import MODEL_FILE, SnapshotStore
+from trainer.storage import ACTIVE_FILE
 
 KEY = {"X-API-Key": "a-long-key-1"}
 
@@ -54,7 +55,9 @@ def test_the_versions_kept_are_listed_from_the_newest(three: Settings) -> None:
     newest, healthy = listed["models"][:2]
     assert (newest["healthy"], newest["copy_of"], newest["mae"], newest["train_loss"]) == (False, 2, None, None)
     assert (healthy["healthy"], healthy["mae"], healthy["balanced_mae"], healthy["samples"]) == (True, 10.0, 22.0, 320)
-    files = [path for path in SnapshotStore(three.store.path).folder(3).iterdir() if path.suffix == ".safetensors"]
+    files = [
+        path for path in SnapshotStore(three.store.path).storage.folder(3).iterdir() if path.suffix == ".safetensors"
+    ]
     assert healthy["bytes"] == sum(path.stat().st_size for path in files)
 
 
@@ -96,13 +99,13 @@ def test_a_version_that_is_not_kept_is_said(three: Settings) -> None:
         assert "no version 9" in refused(ask(client, 9), 404, "no-such-version")
         assert "no version 9" in refused(client.post("/models/9/activate"), 404, "no-such-version")
         assert ask(client, 1).status_code == 200
-        shutil.rmtree(SnapshotStore(three.store.path).folder(1))
+        shutil.rmtree(SnapshotStore(three.store.path).storage.folder(1))
         refused(ask(client, 1), 404, "no-such-version")  # also what had been loaded
     assert not (three.store.path / ACTIVE_FILE).exists()
 
 
 def test_a_version_that_cannot_answer_is_said_and_not_pinned(three: Settings, tmp_path: Path) -> None:
-    damaged = SnapshotStore(three.store.path).folder(1) / MODEL_FILE
+    damaged = SnapshotStore(three.store.path).storage.folder(1) / MODEL_FILE
     damaged.write_bytes(damaged.read_bytes()[:-1])
     write_snapshot(make_settings(tmp_path / "store", hidden=(8,)))
     with running(three) as client:

@@ -13,7 +13,8 @@ from tests.service.conftest import running, until
 from tests.service.store import in_process, instance, make_settings, write_snapshot
 from trainer.config import Settings
 from trainer.schema import FeatureSchema
-from trainer.snapshot import ACTIVE_FILE, MANIFEST_FILE, MODEL_FILE, SnapshotStore
+from trainer.snapshot import MODEL_FILE, SnapshotStore
+from trainer.storage import ACTIVE_FILE, MANIFEST_FILE
 
 
 def watch(settings: Settings) -> Watcher:

@@ -11,8 +11,8 @@ import torch
 from trainer.batching import Batch, Batcher, PartitionProgress, Record
 from trainer.config import Settings
 from trainer.learner import Learner
+from trainer.manifest import Manifest, Sample
 from trainer.schema import FeatureSchema
-from trainer.snapshot import Manifest, Sample
 
 FEATURES = {"size": "numeric", "age": "numeric", "kind": "categorical"}
 CPU = torch.device("cpu")

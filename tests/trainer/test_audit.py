@@ -12,7 +12,9 @@ from tests.service.store import make_settings, manifest
 from trainer.audit import impossible, verify, went_back
 from trainer.batching import CHECKSUM_MODULUS, PartitionProgress
 from trainer.errors import SnapshotCorrupt
-from trainer.snapshot import MANIFEST_FILE, MODEL_FILE, TRAINING_FILE, Manifest, SnapshotStore
+from trainer.manifest import Manifest
+from trainer.snapshot import MODEL_FILE, TRAINING_FILE, SnapshotStore
+from trainer.storage import MANIFEST_FILE
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def counted(offsets: list[int], next_offset: int, rejected: int = 0) -> Partitio
 
 def described(store: SnapshotStore, part: PartitionProgress, **changes: Any) -> Manifest:
     fields: dict[str, Any] = {"partitions": {0: part}, "samples": part.trained, "step": part.trained}
-    return manifest(make_settings(store.path), **{**fields, **changes})
+    return manifest(make_settings(store.storage.path), **{**fields, **changes})
 
 
 def write(store: SnapshotStore, part: PartitionProgress, **changes: Any) -> Manifest:
@@ -130,7 +132,7 @@ def test_a_copy_that_is_none_is_found(store: SnapshotStore) -> None:
 def test_only_a_whole_version_can_be_rolled_back_to_or_pinned(store: SnapshotStore) -> None:
     write(store, counted([0, 1], 2))
     write(store, counted([0, 1, 2], 3))
-    (store.folder(1) / MODEL_FILE).write_bytes(b"torn")
+    (store.storage.folder(1) / MODEL_FILE).write_bytes(b"torn")
     for act in (store.rollback, store.pin):
         with pytest.raises(SnapshotCorrupt):
             act(1)
@@ -142,13 +144,13 @@ def test_only_a_whole_version_can_be_rolled_back_to_or_pinned(store: SnapshotSto
     assert store.active() == 2
     store.pin(None)
     assert store.active() is None
-    assert sorted(path.name for path in store.path.iterdir()) == ["00000001", "00000002"]
+    assert sorted(path.name for path in store.storage.path.iterdir()) == ["00000001", "00000002"]
 
 
 @pytest.mark.parametrize("name", [MODEL_FILE, TRAINING_FILE, MANIFEST_FILE])
 def test_a_flipped_bit_anywhere_in_any_file_is_found(store: SnapshotStore, name: str) -> None:
     write(store, counted([0, 1], 2))
-    path = store.folder(1) / name
+    path = store.storage.folder(1) / name
     sound = path.read_bytes()
     for bit in range(0, 8 * len(sound), 7):  # every byte, and each bit of a byte somewhere
         data = bytearray(sound)

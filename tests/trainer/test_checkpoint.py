@@ -170,7 +170,7 @@ def test_a_snapshot_torn_by_a_crash_is_passed_over_and_its_records_are_learned_a
         Trainer(given_settings, file).run(polls)
     store = SnapshotStore(given_settings.store.path)
     assert len(store.versions()) >= 2
-    (store.folder(store.versions()[-1]) / MODEL_FILE).write_bytes(b"torn")
+    (store.storage.folder(store.versions()[-1]) / MODEL_FILE).write_bytes(b"torn")
     last = Trainer(given_settings, file)
     with capture_logs() as logs:
         last.run()
@@ -182,7 +182,7 @@ def test_where_no_snapshot_is_whole_a_trainer_does_not_begin_anew_by_itself(file
     trainer = Trainer(make_settings(tmp_path), file)
     trainer.run(5)
     for version in trainer.store.versions():
-        (trainer.store.folder(version) / MODEL_FILE).write_bytes(b"torn")
+        (trainer.store.storage.folder(version) / MODEL_FILE).write_bytes(b"torn")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SnapshotCorrupt, match=r"none of the \d+ snapshots in .* can be resumed from"):
         Trainer(trainer.settings, file).run()
@@ -225,7 +225,7 @@ def test_training_does_not_wait_for_dead_letters_to_be_acknowledged_but_the_snap
     tmp_path: Path, file: Path
 ) -> None:
     trainer = Trainer(make_settings(tmp_path / "store"), file)
-    trainer.store.path.mkdir()
+    trainer.store.storage.path.mkdir()
     trainer.letters.answers.clear()
     batches = make_batches(trainer.settings, ROWS)
     for batch in batches:
@@ -264,7 +264,7 @@ def test_where_a_first_start_begins_is_saved_unless_a_next_would_begin_there_too
     for start, versions in (("earliest", []), ("latest", [1]), ("2026-01-02", [1])):
         given_settings = make_settings(tmp_path / start, kafka={"start": start})
         trainer = Trainer(given_settings, file)
-        trainer.store.path.mkdir()
+        trainer.store.storage.path.mkdir()
         trainer.checkpoint.begin({0: 7})
         trainer.save()
         trainer.checkpoint.close()
@@ -276,7 +276,7 @@ def test_where_a_first_start_begins_is_saved_unless_a_next_would_begin_there_too
 
 def test_what_was_replayed_while_nothing_came_is_saved_too(tmp_path: Path) -> None:
     trainer = Trainer(make_settings(tmp_path / "store", learner={"replay_steps": "auto"}), tmp_path / "none")
-    trainer.store.path.mkdir()
+    trainer.store.storage.path.mkdir()
     trainer.learn(make_batches(trainer.settings, ROWS)[0])
     trainer.checkpoint.save()
     fresh = trainer.store.manifest(trainer.store.versions()[-1])
@@ -294,14 +294,14 @@ def test_a_store_that_cannot_be_written_to_is_said_once_and_counted_while_traini
 ) -> None:
     monkeypatch.setattr("trainer.checkpoint.RETRY_S", 0.0)
     trainer = Trainer(make_settings(tmp_path / "store"), file)
-    trainer.store.path.mkdir()
+    trainer.store.storage.path.mkdir()
     batches = make_batches(trainer.settings, ROWS)
     trainer.learn(batches[0])
     trainer.save()
     durable = trainer.checkpoint.durable
     with capture_logs() as logs:
-        trainer.store.path.rename(tmp_path / "aside")
-        trainer.store.path.write_text("a file where the folder was")
+        trainer.store.storage.path.rename(tmp_path / "aside")
+        trainer.store.storage.path.write_text("a file where the folder was")
         until = time.monotonic() + PATIENCE_S
         trainer.learn(batches[1])
         while (trainer.value("snapshot_failures_total") or 0) < 3:
@@ -310,8 +310,8 @@ def test_a_store_that_cannot_be_written_to_is_said_once_and_counted_while_traini
         trainer.learn(batches[2])
         assert trainer.learner.samples == 3 * 32
         assert trainer.checkpoint.durable == durable
-        trainer.store.path.unlink()
-        (tmp_path / "aside").rename(trainer.store.path)
+        trainer.store.storage.path.unlink()
+        (tmp_path / "aside").rename(trainer.store.storage.path)
         trainer.save()
     events = [line["event"] for line in logs]
     assert sum(event.startswith("no snapshot") for event in events) == 1
@@ -340,11 +340,11 @@ def test_a_store_that_cannot_be_cleared_of_old_snapshots_still_takes_new_ones(
 
 def test_a_stop_that_cannot_save_is_an_error_and_not_a_clean_end(tmp_path: Path, file: Path) -> None:
     trainer = Trainer(make_settings(tmp_path / "store", trainer={"stop_grace_s": 0.5}), file)
-    trainer.store.path.mkdir()
+    trainer.store.storage.path.mkdir()
     first, second = make_batches(trainer.settings, 64)
     trainer.learn(first)
     trainer.save()
-    shutil.rmtree(trainer.store.path)
+    shutil.rmtree(trainer.store.storage.path)
     trainer.learn(second)
     with pytest.raises(SnapshotError, match="No such file or directory"):
         trainer.checkpoint.save()
@@ -353,7 +353,7 @@ def test_a_stop_that_cannot_save_is_an_error_and_not_a_clean_end(tmp_path: Path,
 
 def test_a_stop_waits_for_what_comes_back_in_time(tmp_path: Path, file: Path) -> None:
     trainer = Trainer(make_settings(tmp_path / "store"), file)
-    trainer.store.path.mkdir()
+    trainer.store.storage.path.mkdir()
     trainer.letters.away = True
     trainer.learn(make_batches(trainer.settings, 32)[0])
     back = threading.Timer(1.0, lambda: setattr(trainer.letters, "away", False))

@@ -76,7 +76,7 @@ def test_a_service_loads_the_readmes_example_from_a_snapshot_and_answers_as_the_
     for batch in make_batches(given, 640):
         learner.step(batch)
     store = SnapshotStore(given.store.path)
-    store.path.mkdir()
+    store.storage.path.mkdir()
     written = store.write(make_manifest(given), learner.inference_state(), learner.state_dict())
 
     resumed = make_learner(given)

@@ -16,16 +16,9 @@ from torch import Tensor
 from tests.trainer.stream import make_manifest, make_settings
 from trainer.config import Settings
 from trainer.errors import SnapshotCorrupt, SnapshotError, SnapshotMismatch, StoreLocked
-from trainer.snapshot import (
-    ACTIVE_FILE,
-    KEEP_NEWEST,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    TRAINING_FILE,
-    Manifest,
-    SnapshotStore,
-    check_fits,
-)
+from trainer.manifest import Manifest, check_fits
+from trainer.snapshot import KEEP_NEWEST, MODEL_FILE, TRAINING_FILE, SnapshotStore
+from trainer.storage import ACTIVE_FILE, MANIFEST_FILE
 
 FILES = (MODEL_FILE, TRAINING_FILE, MANIFEST_FILE)
 SETTINGS = make_settings()
@@ -42,7 +35,7 @@ with SnapshotStore(Path(sys.argv[1])).lock():
 @pytest.fixture
 def store(tmp_path: Path) -> SnapshotStore:
     store = SnapshotStore(tmp_path / "store")
-    store.path.mkdir()
+    store.storage.path.mkdir()
     return store
 
 
@@ -71,9 +64,9 @@ def test_what_is_written_is_read_back(store: SnapshotStore) -> None:
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor)
     assert store.load(1, training=False).training == {}
-    assert sorted(path.name for path in store.folder(1).iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in store.storage.folder(1).iterdir()) == sorted(FILES)
     assert {entry.bytes for entry in manifest.files.values()} == {
-        (store.folder(1) / name).stat().st_size for name in (MODEL_FILE, TRAINING_FILE)
+        (store.storage.folder(1) / name).stat().st_size for name in (MODEL_FILE, TRAINING_FILE)
     }
 
 
@@ -129,7 +122,7 @@ def test_a_damaged_snapshot_is_never_read_and_the_one_before_it_is(
     write(store, 1.0)
     good = write(store, 2.0)
     write(store, 3.0)
-    damage(store.folder(3) / name)
+    damage(store.storage.folder(3) / name)
     with pytest.raises(SnapshotCorrupt):
         store.load(3, training=True)
     snapshot, faults = store.newest(training=True)
@@ -143,7 +136,7 @@ def test_a_damaged_snapshot_is_never_read_and_the_one_before_it_is(
 
 def test_a_snapshot_whose_training_file_is_damaged_can_still_predict(store: SnapshotStore) -> None:
     write(store, 1.0)
-    bit_flipped(store.folder(1) / TRAINING_FILE)
+    bit_flipped(store.storage.folder(1) / TRAINING_FILE)
     assert store.load(1, training=False).model["weight"][0, 0] == 1.0
 
 
@@ -153,14 +146,14 @@ def test_a_snapshot_whose_training_file_is_damaged_can_still_predict(store: Snap
 )
 def test_a_manifest_that_says_something_unknown_is_not_believed(store: SnapshotStore, change: dict[str, Any]) -> None:
     write(store)
-    path = store.folder(1) / MANIFEST_FILE
+    path = store.storage.folder(1) / MANIFEST_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert store.newest(training=True)[0] is None
 
 
 def test_when_all_are_damaged_every_fault_is_told_newest_first(store: SnapshotStore) -> None:
     for _ in range(3):
-        torn(store.folder(write(store).version) / MODEL_FILE)
+        torn(store.storage.folder(write(store).version) / MODEL_FILE)
     snapshot, faults = store.newest(training=False)
     assert snapshot is None
     assert [str(fault).count(f"0000000{n}") for fault, n in zip(faults, (3, 2, 1), strict=True)] == [1, 1, 1]
@@ -168,10 +161,10 @@ def test_when_all_are_damaged_every_fault_is_told_newest_first(store: SnapshotSt
 
 def test_versions_only_grow_past_damaged_and_unfinished_ones(store: SnapshotStore) -> None:
     assert write(store).version == 1
-    torn(store.folder(1) / MANIFEST_FILE)
+    torn(store.storage.folder(1) / MANIFEST_FILE)
     assert write(store).version == 2
-    store.folder(9).mkdir()  # half removed
-    (store.path / "notes").mkdir()
+    store.storage.folder(9).mkdir()  # half removed
+    (store.storage.path / "notes").mkdir()
     assert write(store).version == 10
     assert store.versions() == [1, 2, 10]
 
@@ -193,15 +186,15 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(
         with pytest.raises(OSError, match="No space left"):
             write(store, 2.0)
         assert store.versions() == [1]
-        assert [path.name for path in store.path.iterdir()] == ["00000001"]
+        assert [path.name for path in store.storage.path.iterdir()] == ["00000001"]
     monkeypatch.setattr(os, "fsync", real)
     assert write(store, 2.0).version == 2
 
 
 def test_what_a_crash_left_unfinished_is_not_seen_and_cleared_by_the_next_writer(store: SnapshotStore) -> None:
     write(store, 1.0)
-    leftover = store.path / ".tmp-00000002"
-    shutil.copytree(store.folder(1), leftover)
+    leftover = store.storage.path / ".tmp-00000002"
+    shutil.copytree(store.storage.folder(1), leftover)
     assert store.versions() == [1]
     with store.lock():
         assert not leftover.exists()
@@ -215,7 +208,7 @@ def test_what_a_crash_left_unfinished_is_not_seen_and_cleared_by_the_next_writer
 
 
 def aged(store: SnapshotStore, version: int, now_s: float, age_s: float) -> None:
-    os.utime(store.folder(version) / MANIFEST_FILE, (now_s - age_s,) * 2)
+    os.utime(store.storage.folder(version) / MANIFEST_FILE, (now_s - age_s,) * 2)
 
 
 def test_the_newest_five_one_an_hour_for_a_day_and_the_active_one_are_kept(store: SnapshotStore) -> None:
@@ -223,11 +216,11 @@ def test_the_newest_five_one_an_hour_for_a_day_and_the_active_one_are_kept(store
     ages_h = [30.0, 26.1, 26.0, 23.2, 23.1, 23.0, 2.2, 2.1, 2.0, 0.4, 0.3, 0.2, 0.1, 0.0]
     for age_h in ages_h:
         aged(store, write(store).version, now_s, age_h * 3600)
-    (store.path / ACTIVE_FILE).write_text('{"version": 2}')
+    (store.storage.path / ACTIVE_FILE).write_text('{"version": 2}')
     removed = store.prune(now_s)
     assert store.versions() == [2, 4, 7, 10, 11, 12, 13, 14]
     assert removed == [1, 3, 5, 6, 8, 9]
-    assert not any(store.folder(version).exists() for version in removed)
+    assert not any(store.storage.folder(version).exists() for version in removed)
     assert store.prune(now_s) == []
     assert all(store.load(version, training=True) for version in store.versions())
 
@@ -251,14 +244,14 @@ def test_few_snapshots_are_all_kept_however_old(store: SnapshotStore) -> None:
 )
 def test_the_pinned_version_is_read_or_taken_for_none(store: SnapshotStore, text: str, version: int | None) -> None:
     assert store.active() is None
-    (store.path / ACTIVE_FILE).write_text(text)
+    (store.storage.path / ACTIVE_FILE).write_text(text)
     assert store.active() == version
 
 
 def test_what_is_pinned_may_be_there_as_long_as_it_cannot_be_read_so_nothing_is_removed(store: SnapshotStore) -> None:
     for hour in range(8):
         aged(store, write(store).version, 2e9, 86400.0 * (1 + hour))
-    (store.path / ACTIVE_FILE).mkdir()  # reading it fails for root too
+    (store.storage.path / ACTIVE_FILE).mkdir()  # reading it fails for root too
     with pytest.raises(SnapshotError, match=r"active\.json cannot be read"):
         store.prune(2e9)
     assert len(store.versions()) == 8
@@ -270,13 +263,13 @@ def test_a_version_removed_while_it_is_pinned_is_not_pinned(
     for _ in range(2):
         write(store)
     store.pin(2)
-    activate = store._activate
+    write_active = store.storage.write_active
 
-    def activate_too_late(version: int | None) -> None:
-        activate(version)
-        shutil.rmtree(store.folder(1), ignore_errors=True)
+    def write_active_too_late(data: bytes | None) -> None:
+        write_active(data)
+        shutil.rmtree(store.storage.folder(1), ignore_errors=True)
 
-    monkeypatch.setattr(store, "_activate", activate_too_late)
+    monkeypatch.setattr(store.storage, "write_active", write_active_too_late)
     with pytest.raises(SnapshotCorrupt):
         store.pin(1)
     assert store.active() == 2
@@ -284,10 +277,10 @@ def test_a_version_removed_while_it_is_pinned_is_not_pinned(
 
 def test_a_pin_that_was_cut_off_does_not_stand_in_the_way_of_the_next(store: SnapshotStore) -> None:
     write(store)
-    (store.path / f"{ACTIVE_FILE}.{os.getpid()}").write_text('{"ver')
+    (store.storage.path / f"{ACTIVE_FILE}.{os.getpid()}").write_text('{"ver')
     store.pin(1)
     assert store.active() == 1
-    assert sorted(path.name for path in store.path.iterdir()) == ["00000001", ACTIVE_FILE]
+    assert sorted(path.name for path in store.storage.path.iterdir()) == ["00000001", ACTIVE_FILE]
 
 
 # One writer
@@ -295,7 +288,9 @@ def test_a_pin_that_was_cut_off_does_not_stand_in_the_way_of_the_next(store: Sna
 
 def hold(store: SnapshotStore) -> "subprocess.Popen[str]":
     """A process that holds the store's lock."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(store.path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(store.storage.path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "locked\n"
     return process
@@ -309,11 +304,15 @@ def test_a_second_writer_is_refused_until_the_first_is_killed(store: SnapshotSto
         process.send_signal(signal.SIGKILL)
         process.wait()
     with store.lock():
-        assert str(os.getpid()) in (store.path / ".lock").read_text()
+        assert str(os.getpid()) in (store.storage.path / ".lock").read_text()
 
 
 def test_a_lock_is_let_go_of_and_holds_within_one_process_too(store: SnapshotStore) -> None:
-    with store.lock(), pytest.raises(StoreLocked, match=f"pid {os.getpid()} "), SnapshotStore(store.path).lock():
+    with (
+        store.lock(),
+        pytest.raises(StoreLocked, match=f"pid {os.getpid()} "),
+        SnapshotStore(store.storage.path).lock(),
+    ):
         pass
     with store.lock():
         pass
@@ -321,10 +320,10 @@ def test_a_lock_is_let_go_of_and_holds_within_one_process_too(store: SnapshotSto
 
 def test_a_refused_writer_clears_nothing_away(store: SnapshotStore) -> None:
     with store.lock():
-        (store.path / ".tmp-00000001").mkdir()
+        (store.storage.path / ".tmp-00000001").mkdir()
         with pytest.raises(StoreLocked), store.lock():
             pass
-        assert (store.path / ".tmp-00000001").exists()
+        assert (store.storage.path / ".tmp-00000001").exists()
 
 
 def test_a_store_is_made_by_its_writer_or_said_to_be_impossible(tmp_path: Path) -> None:
