@@ -118,7 +118,7 @@ def test_a_version_that_cannot_answer_is_said_and_not_pinned(three: Settings, tm
 
 def test_every_service_of_the_store_rolls_back_and_follows_again(three: Settings) -> None:
     with running(three) as here, running(three) as there:
-        assert here.post("/models/1/activate").json() == {"pinned": 1, "in_use": 3}
+        assert here.post("/models/1/activate").json() in ({"pinned": 1, "in_use": 3}, {"pinned": 1, "in_use": 1})
         for client in (here, there):
             until(lambda client=client: in_use(client) == 1)  # type: ignore[misc]
             assert client.get("/model").json()["pinned"] == 1
@@ -128,7 +128,9 @@ def test_every_service_of_the_store_rolls_back_and_follows_again(three: Settings
         write_snapshot(three, seed=4)
         until(lambda: here.get("/models").json()["models"][0]["version"] == 4)
         assert in_use(here) == 1
-        assert there.post("/models/latest/activate").json() == {"pinned": None, "in_use": 1}
+        released = there.post("/models/latest/activate").json()
+        assert released["pinned"] is None
+        assert released["in_use"] in (1, 4)  # a poll may have been faster than the answer
         for client in (here, there):
             until(lambda client=client: in_use(client) == 4)  # type: ignore[misc]
             assert "tailstream_model_pinned 0.0" in client.get("/metrics").text
