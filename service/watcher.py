@@ -78,7 +78,12 @@ class Watcher:
         Returns:
             Why the newest one (or the pinned one) is not in use or should not be, None if all is well.
         """
-        self.pinned = pinned = self._store.active()
+        unreadable = None
+        try:
+            self.pinned = self._store.active()
+        except SnapshotError as error:  # what was pinned stays so
+            unreadable = str(error)
+        pinned = self.pinned
         keys = [key for key in reversed(self._store.snapshots()) if pinned is None or key.version == pinned]
         self._refused = {key: why for key, why in self._refused.items() if key in keys}
         self._health = {key: healthy for key, healthy in self._health.items() if key in keys}
@@ -88,6 +93,8 @@ class Watcher:
         for key in keys if pinned is not None else self._candidates(keys):
             if key == self._loaded or (key not in self._refused and self._take(key)):
                 break
+        if unreadable is not None:
+            return unreadable
         if keys[0] in self._refused:
             return self._refused[keys[0]]
         if not self._is_healthy(keys[0]):

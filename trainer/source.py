@@ -15,7 +15,6 @@ from trainer.config import KafkaSettings, Settings
 from trainer.errors import BrokerUnavailable, OffsetsLost, SourceError, TopicChanged, TopicMissing
 from trainer.files import read_values
 from trainer.kafka_client import PROBE_S, Consumer, TopicDescription, describe_topic
-from trainer.manifest import Manifest
 from trainer.schema import FeatureSchema
 
 BACKOFF_S: Final = (0.2, 5.0)  # first and longest pause between tries to reach a broker

@@ -148,6 +148,20 @@ def test_a_pinned_version_is_followed_and_let_go(empty: Settings) -> None:
     assert version(watcher) == 4
 
 
+def test_while_the_pin_cannot_be_read_what_was_pinned_stays_so(empty: Settings) -> None:
+    for _ in range(2):
+        write_snapshot(empty)
+    pin = empty.store.path / ACTIVE_FILE
+    pin.write_text('{"version": 1}')
+    watcher = watch(empty)
+    assert version(watcher) == 1
+    pin.unlink()
+    pin.mkdir()  # reading it fails for root too
+    assert version(watcher) == 1
+    assert ACTIVE_FILE in str(watcher.trouble)
+    assert version(watch(empty)) == 2  # one that was just started knows of no pin, and answers all the same
+
+
 def test_a_store_begun_anew_is_followed(empty: Settings) -> None:
     write_snapshot(empty, seed=1)
     write_snapshot(empty, seed=2)
