@@ -18,7 +18,7 @@ bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz soak test-compose up down clean
+.PHONY: help install demo test check format bench bench-bmc bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api soak test-compose up down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -52,8 +52,8 @@ bench: bench-bmc bench-synthetic bench-serve ## Run the benchmarks
 bench-bmc: install ## Time, memory and error of the BMC loss (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.bmc $(json)
 
-bench-serve: install ## POST /predict beside an echo, under overload, training and swaps (JSON=FILE); needs wrk
-	$(bin)/python -m tests.benchmarks.serve $(json)
+bench-serve: install ## POST /predict beside an echo, under overload, training and swaps (JSON=FILE PARTS=a,b); needs wrk
+	$(bin)/python -m tests.benchmarks.serve $(if $(PARTS),--parts "$(PARTS)") $(json)
 
 bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.synthetic $(json)
@@ -72,6 +72,9 @@ faults: install ## Do to broker, topic, disk and snapshots what can be done to t
 
 fuzz: install ## Send records no one would send (JSON=FILE)
 	$(bin)/python -m tests.faults.fuzz $(json)
+
+fuzz-api: install ## Ask the service whatever its own description allows, and does not (SECONDS=600 JSON=FILE)
+	$(bin)/python -m tests.faults.api $(if $(filter command% environment%,$(origin SECONDS)),--seconds $(SECONDS)) $(json)
 
 soak: install ## All of that at random (SECONDS=3600); needs root
 	$(bin)/python -m tests.faults.soak --seconds $(SECONDS)

@@ -16,6 +16,7 @@ from service import problems
 from service.answers import fresh_answering
 from service.auth import KeyCheck, Keys, load_keys
 from service.batcher import Batcher
+from service.body import Bodies
 from service.density import density_router
 from service.live import Live
 from service.metrics import CountRequests, ServiceMetrics
@@ -43,7 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
     store = open_store(settings.store)
     watcher = Watcher(store, settings)
     versions = Versions(store, settings)
-    batcher = Batcher(lambda: watcher.predictor, settings.service.max_queue)
+    batcher = Batcher(lambda: watcher.predictor, settings.service)
     metrics = ServiceMetrics(lambda: watcher.predictor, lambda: len(batcher), lambda: watcher.pinned)
     live = Live(watcher, page_facts(settings), lambda: not_ready_because(watcher, settings))
 
@@ -77,10 +78,13 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.live = live
     keys = _keys(settings.service)
     decode = question_decoder(schema, settings.service)
-    app.predict = endpoint = PredictEndpoint(watcher, batcher, versions, decode, keys, settings.service, metrics)
+    bodies = Bodies(settings.service)
+    app.predict = endpoint = PredictEndpoint(
+        watcher, batcher, versions, bodies, decode, keys, settings.service, metrics
+    )
     app.router.routes.insert(0, predict_route(settings))
     if settings.task == "regression":
-        app.include_router(density_router(watcher, decode, settings))
+        app.include_router(density_router(watcher, bodies, decode, settings))
     app.include_router(state_router(watcher, metrics, settings))
     app.include_router(versions_router(versions, watcher))
     app.include_router(page_router(live))
@@ -130,6 +134,9 @@ def _describe(app: FastAPI, keys: Keys | None) -> None:
                 for path, operations in document["paths"].items():
                     for operation in () if keys.is_open(path) else operations.values():
                         operation["security"] = [{"bearer": []}, {"api_key": []}]
+                        operation["responses"] |= {
+                            str(status): what for status, what in problems.described(401).items()
+                        }
             app.openapi_schema = document
         return app.openapi_schema
 

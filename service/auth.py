@@ -87,20 +87,24 @@ class Keys:
         """The name of the key that a request brings, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 
         Raises:
-            Problem: it brings none that is known.
+            Problem: it brings none, or one that is not known, even beside one that is.
         """
-        presented = b""
+        presented: list[bytes] = []
         for name, value in headers:
             if name == b"x-api-key":
-                presented = value.strip()
-            elif name == b"authorization" and value[:7].lower() == b"bearer ":
-                presented = value[7:].strip()
-        digest = _digest(presented)
-        # Every key is compared: the time says neither which one fits nor how much of one.
-        names = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
-        if not names:
+                presented.append(value.strip())
+            elif name == b"authorization" and value[:7].lower() == b"bearer ":  # another scheme is for a proxy
+                presented.append(value[7:].strip())
+        names = [self._name(key) for key in presented]
+        if not names or names[0] is None or None in names:
             raise Problem(UNAUTHORIZED, "Send an API key, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'.")
         return names[0]
+
+    def _name(self, key: bytes) -> str | None:
+        digest = _digest(key)
+        # Every key is compared: the time says neither which one fits nor how much of one.
+        names = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
+        return names[0] if names else None
 
 
 class KeyCheck:

@@ -8,9 +8,10 @@ from typing import Final, NamedTuple
 
 from service.predictor import Answer, Predictor, Question
 from service.problems import NOT_READY, OVERLOADED, Problem
+from trainer.config import ServiceSettings
 
-PASS_ROWS: Final = 1024  # a pass takes no request that would make it larger: it ends within some 5 ms
-# A pass in a thread of its own would wait for the interpreter at each of its operations while the event loop is busy.
+# Within some 5 ms. In a thread of its own a pass would wait for the interpreter at each of its operations while the
+# event loop is busy.
 INLINE_ROWS: Final = 1024
 MOST_WAITING_ROWS: Final = 65_536  # about a second of work; rows are what waiting requests hold in memory
 
@@ -19,6 +20,7 @@ class _Waiting(NamedTuple):
     question: Question
     predictor: Predictor | None  # None for whichever is current when the pass begins
     answer: asyncio.Future[Answer]
+    due_s: float  # by the loop's clock, when it waits for no more company
 
 
 class Batcher:
@@ -26,16 +28,19 @@ class Batcher:
 
     Args:
         current: gives the model to use, read once for each pass; None while there is none.
-        max_queue: most questions that may wait for a pass.
+        settings: how much may wait, how many rows a pass takes, and how long it waits for them.
     """
 
-    def __init__(self, current: Callable[[], Predictor | None], max_queue: int) -> None:
+    def __init__(self, current: Callable[[], Predictor | None], settings: ServiceSettings) -> None:
         self._current = current
-        self._max_queue = max_queue
+        self._max_queue = settings.max_queue
+        self._max_batch_size = settings.max_batch_size
+        self._max_wait_s = settings.max_wait_s
         self._waiting: deque[_Waiting] = deque()
         self._waiting_rows = 0
         self._running = False
         self._in_thread = False
+        self._timer: asyncio.TimerHandle | None = None  # set while a pass waits for more rows
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="predict")
 
     def __len__(self) -> int:
@@ -51,10 +56,14 @@ class Batcher:
         rows = question.rows
         self.check_room(rows)
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(question, predictor, loop.create_future())
+        waiting = _Waiting(question, predictor, loop.create_future(), loop.time() + self._max_wait_s)
         self._waiting.append(waiting)
         self._waiting_rows += rows
-        if not self._running:
+        if self._timer is not None and self._waiting_rows >= self._max_batch_size:
+            self._timer.cancel()
+            self._timer = None
+            loop.call_soon(self._next_pass)
+        elif not self._running:
             self._running = True
             # Not at once: requests that came in by the same turn of the loop join the pass.
             loop.call_soon(self._next_pass)
@@ -72,7 +81,7 @@ class Batcher:
     @property
     def is_behind(self) -> bool:
         """Whether what has just been asked waits for longer than this turn of the event loop."""
-        return self._in_thread or self._waiting_rows > INLINE_ROWS
+        return self._in_thread or self._waiting_rows > INLINE_ROWS or self._max_wait_s > 0
 
     def forget(self, answer: asyncio.Future[Answer]) -> None:
         """Gives up a question: if it still waits, it is never answered and its place is free."""
@@ -88,11 +97,17 @@ class Batcher:
         self._thread.shutdown()
 
     def _next_pass(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        if self._max_wait_s and self._waiting and self._waiting_rows < self._max_batch_size:
+            due_s = self._waiting[0].due_s
+            if loop.time() < due_s:
+                self._timer = loop.call_at(due_s, self._next_pass)
+                return
         asked = self._take()
         if not asked:
             self._running = False
             return
-        loop = asyncio.get_running_loop()
         predictor = asked[0].predictor or self._current()
         if predictor is None:
             _fail(asked, Problem(NOT_READY, "There is no model to predict with."))
@@ -124,7 +139,9 @@ class Batcher:
         rows = 0
         while self._waiting:
             following = self._waiting[0]
-            if taken and (following.predictor is not taken[0].predictor or rows + following.question.rows > PASS_ROWS):
+            if taken and (
+                following.predictor is not taken[0].predictor or rows + following.question.rows > self._max_batch_size
+            ):
                 break
             waiting = self._waiting.popleft()
             self._waiting_rows -= waiting.question.rows

@@ -7,9 +7,10 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
 from service.answers import Asked
-from service.predict import is_json
+from service.body import Bodies
+from service.predict import CLIENT_LEFT
 from service.predictor import Question
-from service.problems import INVALID, NOT_JSON_TYPE, NOT_READY, TOO_LARGE, Problem, described
+from service.problems import INVALID, NOT_READY, Problem, described
 from service.schemas import NARROWEST_INTERVAL, WIDEST_INTERVAL, DensityResponse
 from service.watcher import Watcher
 from trainer.config import Settings
@@ -20,13 +21,16 @@ BODY: Final[dict[str, Any]] = {
 }
 
 
-def density_router(watcher: Watcher, decode: Callable[[bytes], Question], settings: Settings) -> APIRouter:
+def density_router(
+    watcher: Watcher, bodies: Bodies, decode: Callable[[bytes], Question], settings: Settings
+) -> APIRouter:
     """The one path.
 
     Args:
         watcher: has the model.
-        decode: reads a body, as for POST /predict.
-        settings: the default balance and the largest body.
+        bodies: reads a body, as for POST /predict.
+        decode: understands it.
+        settings: the default balance.
     """
     router = APIRouter(tags=["predict"])
 
@@ -35,7 +39,7 @@ def density_router(watcher: Watcher, decode: Callable[[bytes], Question], settin
         operation_id="predict_density",
         summary="Predict a label's distribution",
         response_model=DensityResponse,
-        responses=described(400, 401, 413, 415, 422, 503),
+        responses=described(400, 401, 408, 413, 415, 422, 503),
         openapi_extra={"requestBody": BODY},
     )
     async def predict_density(
@@ -53,22 +57,14 @@ def density_router(watcher: Watcher, decode: Callable[[bytes], Question], settin
         predictor = watcher.predictor
         if predictor is None:
             raise Problem(NOT_READY, f"There is no model yet: {watcher.trouble}.")
-        content_type = request.headers.get("content-type", "application/json")
-        if not is_json(content_type.encode("latin-1")):
-            raise Problem(NOT_JSON_TYPE, f"The Content-Type is {content_type!r}.")
-        question = decode(await _body(request, settings.service.max_body_bytes))
+        bodies.check(request.scope["headers"])
+        body = await bodies.read(request.receive)
+        if body is None:
+            return Response(status_code=CLIENT_LEFT)
+        question = decode(body)
         if question.rows != 1:
             raise Problem(INVALID, f"One record can be asked about at a time, not {question.rows}.")
         density = predictor.density(Question(question.columns, Asked(balance, interval)))
         return Response(msgspec.json.encode(density), media_type="application/json")
 
     return router
-
-
-async def _body(request: Request, most_bytes: int) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most_bytes:
-            raise Problem(TOO_LARGE, f"A body may have {most_bytes} bytes.")
-    return bytes(body)

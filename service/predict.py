@@ -16,15 +16,13 @@ from starlette.types import Receive, Scope, Send
 
 from service.auth import Keys
 from service.batcher import Batcher
+from service.body import Bodies
 from service.metrics import ServiceMetrics
 from service.predictor import Answer, Predictor, Question
 from service.problems import (
     INVALID,
-    NOT_JSON_TYPE,
     NOT_READY,
     OVERLOADED,
-    SLOW_BODY,
-    TOO_LARGE,
     Fault,
     Problem,
     described,
@@ -39,7 +37,6 @@ from trainer.config import ServiceSettings, Settings
 PATH: Final = "/predict"
 CLIENT_LEFT: Final = 499  # in the metrics alone: nobody is there to be answered
 INLINE_BYTES: Final = 1 << 19  # a longer body takes over 5 ms to decode, and is not decoded on the event loop
-MOST_BODIES: Final = 16  # of the largest size, that may be in memory while they are read and decoded
 _VERSION: Final = TypeAdapter[int](VersionNumber)
 _HEADERS: Final = [(b"content-type", b"application/json"), *SECURITY_HEADERS]
 
@@ -72,9 +69,10 @@ class PredictEndpoint:
         watcher: has the model.
         batcher: joins requests.
         versions: has the models that a request may name instead.
-        decode: reads a body.
+        bodies: reads a body.
+        decode: understands it.
         keys: who may ask; None for everybody.
-        settings: the limits.
+        settings: how long a request may wait.
         metrics: counts requests and instances.
     """
 
@@ -83,6 +81,7 @@ class PredictEndpoint:
         watcher: Watcher,
         batcher: Batcher,
         versions: Versions,
+        bodies: Bodies,
         decode: Callable[[bytes], Question],
         keys: Keys | None,
         settings: ServiceSettings,
@@ -91,12 +90,11 @@ class PredictEndpoint:
         self._watcher = watcher
         self._batcher = batcher
         self._versions = versions
+        self._bodies = bodies
         self._decode = decode
         self._keys = keys
-        self._max_body_bytes = settings.max_body_bytes
         self._timeout_s = settings.request_timeout_s
         self._metrics = metrics
-        self._held_bytes = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
     def close(self) -> None:
@@ -133,8 +131,9 @@ class PredictEndpoint:
         version = _asked_version(scope["query_string"]) if scope["query_string"] else None
         if version is None and self._watcher.predictor is None:
             raise Problem(NOT_READY, f"There is no model yet: {self._watcher.trouble}.")
-        self._check(headers)
-        body = await self._read(receive)
+        self._batcher.check_room()
+        self._bodies.check(headers)
+        body = await self._bodies.read(receive)
         if body is None:
             return None
         question = await self._question(body)
@@ -144,44 +143,6 @@ class PredictEndpoint:
             return None
         self._metrics.predictions.inc(question.rows)
         return msgspec.json.encode(answer)
-
-    def _check(self, headers: list[tuple[bytes, bytes]]) -> None:
-        """Refuses what need not be read."""
-        self._batcher.check_room()
-        for name, value in headers:
-            if name == b"content-type" and not is_json(value):
-                raise Problem(NOT_JSON_TYPE, f"The Content-Type is {value.decode('latin-1')!r}.")
-            if name == b"content-encoding" and value.lower() != b"identity":
-                raise Problem(NOT_JSON_TYPE, f"The Content-Encoding is {value.decode('latin-1')!r}; send it as it is.")
-            if name == b"content-length" and int(value) > self._max_body_bytes:
-                raise self._too_large()
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body, None if the client left before its end; stops at the limit, whatever a header said."""
-        parts = bytearray()
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                message = await receive()
-                body: bytes = message.get("body", b"")
-                if not message.get("more_body"):
-                    if len(body) > self._max_body_bytes:
-                        raise self._too_large()
-                    return None if message["type"] == "http.disconnect" else body
-                while True:
-                    part: bytes = message.get("body", b"")
-                    parts += part
-                    self._held_bytes += len(part)
-                    if len(parts) > self._max_body_bytes:
-                        raise self._too_large()
-                    if self._held_bytes > MOST_BODIES * self._max_body_bytes:
-                        raise Problem(OVERLOADED, "Too many large bodies are being read; try again later.")
-                    if not message.get("more_body"):
-                        return None if message["type"] == "http.disconnect" else bytes(parts)
-                    message = await receive()
-        except TimeoutError:
-            raise Problem(SLOW_BODY, f"The body did not arrive within {self._timeout_s:g} s.") from None
-        finally:
-            self._held_bytes -= len(parts)
 
     async def _question(self, body: bytes) -> Question:
         if len(body) <= INLINE_BYTES:
@@ -212,9 +173,6 @@ class PredictEndpoint:
             return None
         raise Problem(OVERLOADED, f"There was no answer within {self._timeout_s:g} s; try again later.")
 
-    def _too_large(self) -> Problem:
-        return Problem(TOO_LARGE, f"A body may have {self._max_body_bytes} bytes; send fewer instances at a time.")
-
 
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
@@ -236,14 +194,6 @@ def _asked_version(query: bytes) -> int | None:
     except ValidationError as error:
         fault = Fault(error.errors()[0]["msg"], "query.version")
         raise Problem(INVALID, f"{fault.field}: {fault.detail}", [fault]) from None
-
-
-def is_json(content_type: bytes) -> bool:
-    """Whether a Content-Type says JSON."""
-    if content_type == b"application/json":
-        return True
-    media_type = content_type.partition(b";")[0].strip().lower()
-    return media_type == b"application/json" or media_type.endswith(b"+json")
 
 
 def predict_route(settings: Settings) -> APIRoute:

@@ -24,6 +24,11 @@ class Kind(NamedTuple):
 
 
 NOT_JSON: Final = Kind("not-json", HTTPStatus.BAD_REQUEST, "The body is not JSON")
+NOT_HTTP: Final = Kind("not-http", HTTPStatus.BAD_REQUEST, "The request is not HTTP")
+SLOW_HEAD: Final = Kind("slow-head", HTTPStatus.REQUEST_TIMEOUT, "The request took too long to begin")
+LARGE_HEAD: Final = Kind(
+    "large-head", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request's address and headers are too large"
+)
 UNAUTHORIZED: Final = Kind("unauthorized", HTTPStatus.UNAUTHORIZED, "An API key is needed")
 SLOW_BODY: Final = Kind("slow-body", HTTPStatus.REQUEST_TIMEOUT, "The body took too long")
 TOO_LARGE: Final = Kind("too-large", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The body is too large")

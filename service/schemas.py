@@ -1,7 +1,9 @@
 """What goes in and out over HTTP: decoded by msgspec into the trainer's types, described by pydantic for OpenAPI."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
+from itertools import count
 from types import GenericAlias
 from typing import Annotated, Any, Final
 
@@ -225,15 +227,16 @@ def _instance_model(schema: SchemaSettings) -> type[BaseModel]:
     leaves = {name: _leaf_type(feature) for name, feature in schema.features.items()}
     if schema.time:
         leaves.setdefault(schema.time, SCALAR)  # the decoder reads it, though no prediction depends on it
-    return _level("Instance", _nested(leaves), _example(schema))
+    return _level("Instance", _nested(leaves), _example(schema), set())
 
 
-def _level(name: str, tree: dict[str, Any], example: Any) -> type[BaseModel]:
+def _level(name: str, tree: dict[str, Any], example: Any, taken: set[str]) -> type[BaseModel]:
+    taken.add(name)
     # JSON keys need not be identifiers, so the attributes are numbered and the keys are their aliases.
     fields: dict[str, Any] = {}
     for number, (key, leaf) in enumerate(tree.items()):
         if isinstance(leaf, dict):
-            leaf = _level(f"{name}{number}", leaf, example.get(key, {}))
+            leaf = _level(_name_within(name, key, taken), leaf, example.get(key, {}), taken)
         fields[f"f{number}"] = (leaf | None, Field(default=None, alias=key, title=key))
     return create_model(
         name,
@@ -241,6 +244,13 @@ def _level(name: str, tree: dict[str, Any], example: Any) -> type[BaseModel]:
         __doc__="One record. A field that is missing or null is imputed, and one that is not listed is ignored.",
         **fields,
     )
+
+
+def _name_within(name: str, key: str, taken: set[str]) -> str:
+    """A name for the object at a key, which generated clients call a class by."""
+    plain = unicodedata.normalize("NFKD", key).encode("ascii", "ignore").decode()
+    whole = name + "".join(word[0].upper() + word[1:] for word in re.findall("[A-Za-z0-9]+", plain))
+    return next(found for n in count(1) if (found := whole if n == 1 else f"{whole}{n}") not in taken)
 
 
 def _leaf_type(feature: FeatureSettings) -> Any:

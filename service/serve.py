@@ -2,14 +2,17 @@
 
 import signal
 import socket
+import ssl
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from service.auth import check_reach
-from trainer.config import Settings
+from service.connection import Connection
+from trainer.config import ServiceSettings, Settings
 from trainer.errors import ConfigError, TailstreamError
 
 STOP_S: Final = 10  # longest wait for requests under way when the service is told to stop
@@ -31,12 +34,15 @@ def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT; requests under way are answered first. To be called in the main thread.
 
     Raises:
-        ConfigError: the address cannot be bound, or may not without API keys; or the application cannot be made.
+        ConfigError: the address cannot be bound, or may not without API keys; the certificate cannot be used; or the
+            application cannot be made.
     """
     check_reach(settings.service)
+    check_certificate(settings.service)
     workers = settings.service.workers
     with bind(settings.service.host, settings.service.port) as listener:
-        log.info("serving", url=url(listener), store=settings.store.url, workers=workers)
+        scheme = "https" if settings.service.ssl_certfile else "http"
+        log.info("serving", url=url(listener, scheme), store=settings.store.url, workers=workers)
         if workers == 1:
             answer_at(listener, settings)
         else:
@@ -55,21 +61,7 @@ def answer_at(listener: socket.socket, settings: Settings) -> None:
     """
     from service.app import create_app  # and torch, which a process that only watches workers does without
 
-    server = Server(
-        uvicorn.Config(
-            create_app(settings),
-            loop="uvloop",
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            proxy_headers=False,  # nothing here depends on who asks
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=STOP_S,
-        )
-    )
+    server = Server(server_config(create_app(settings), settings.service))
 
     # uvicorn raises the signal again once it has stopped; a handler of our own makes that an orderly return.
     def stop(number: int, frame: FrameType | None) -> None:
@@ -80,6 +72,59 @@ def answer_at(listener: socket.socket, settings: Settings) -> None:
     server.run(sockets=[listener])
     if not server.started and not server.should_exit:
         raise TailstreamError("the service could not be started; the log says why")
+
+
+def server_config(app: FastAPI, settings: ServiceSettings) -> uvicorn.Config:
+    """What uvicorn is told."""
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # nothing here depends on who asks
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=STOP_S,
+        **_tls(settings),
+    )
+
+
+def _tls(settings: ServiceSettings) -> dict[str, Any]:
+    """What uvicorn is told of certificates; nothing for plain HTTP."""
+    if not settings.ssl_certfile:
+        return {}
+    return {
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile or None,
+        "ssl_keyfile_password": settings.ssl_keyfile_password or None,
+        "ssl_ca_certs": settings.ssl_ca_certs or None,
+        "ssl_cert_reqs": ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
+    }
+
+
+def check_certificate(settings: ServiceSettings) -> None:
+    """Whether certificate, key and authorities can be used, before anything is started.
+
+    Raises:
+        ConfigError: one is absent, is not PEM, or does not fit the others.
+    """
+    if not settings.ssl_certfile:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # The password even where it is empty: without any, openssl would ask at the terminal for an encrypted key's.
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile or None, settings.ssl_keyfile_password)
+    except (OSError, ValueError) as error:  # which ssl.SSLError is
+        files = " and ".join(name for name in (settings.ssl_certfile, settings.ssl_keyfile) if name)
+        raise ConfigError(f"service.ssl_certfile and service.ssl_keyfile: {files} cannot be used: {error}") from error
+    if settings.ssl_ca_certs:
+        try:
+            context.load_verify_locations(settings.ssl_ca_certs)
+        except OSError as error:
+            raise ConfigError(f"service.ssl_ca_certs: {settings.ssl_ca_certs} cannot be used: {error}") from error
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -104,8 +149,8 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def url(listener: socket.socket) -> str:
+def url(listener: socket.socket, scheme: str = "http") -> str:
     """Where a browser on this machine finds the service."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -359,6 +359,33 @@ class ServiceSettings(_Table):
         description="Longest time for a body to arrive (else 408), and then for its answer (else 503).",
     )
     max_queue: int = Field(default=1024, ge=1, description="Most requests waiting; past it 503 with Retry-After.")
+    max_batch_size: int = Field(
+        default=1024,
+        ge=1,
+        le=65536,
+        description="Most rows in a forward pass, which waiting requests share; a larger request has its own.",
+    )
+    max_wait_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How long a forward pass that is not full may wait for more requests; 0 waits for none.",
+    )
+    ssl_certfile: str = Field(
+        default="", description="Certificate chain, PEM: serves HTTPS instead of HTTP; read again at a restart."
+    )
+    ssl_keyfile: str = Field(default="", description="Its private key, where it is not in the same file.")
+    ssl_keyfile_password: str = Field(default="", description="Password of an encrypted private key.")
+    ssl_ca_certs: str = Field(
+        default="", description="Authorities, PEM: only clients with a certificate of theirs are let in."
+    )
+
+    @model_validator(mode="after")
+    def _tls_needs_a_certificate(self) -> Self:
+        for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+            if getattr(self, name) and not self.ssl_certfile:
+                raise ValueError(f"{name} is set and ssl_certfile is not: without a certificate there is no HTTPS")
+        return self
 
 
 class Settings(BaseSettings):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 
 from service.app import create_app
-from service.serve import Server, bind, url
+from service.serve import Server, bind, server_config, url
 from tests.service.store import make_settings, write_snapshot
 from trainer.config import Settings
 
@@ -23,7 +22,7 @@ PATIENCE_S = 20.0
 def running(settings: Settings) -> Iterator[httpx.Client]:
     """A server of these settings, and a client of it."""
     with bind(settings.service.host, 0) as listener:
-        server = Server(uvicorn.Config(create_app(settings), ws="none", log_config=None, access_log=False))
+        server = Server(server_config(create_app(settings), settings.service))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:
@@ -36,9 +35,9 @@ def running(settings: Settings) -> Iterator[httpx.Client]:
             thread.join()
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
     """Waits for a condition that must come true."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.01)

@@ -33,6 +33,8 @@ def test_keys_guard_predictions_and_the_model(tmp_path: Path) -> None:
             assert client.post("/predict", json=instance(0), headers=headers).status_code == 401
             headers = {"Authorization": f"Bearer {wrong}x"}
             assert client.post("/predict", json=instance(0), headers=headers).status_code == 401
+        both = {"X-API-Key": "a-long-key-1", "Authorization": "Bearer wrong"}
+        assert client.post("/predict", json=instance(0), headers=both).status_code == 401
         for right in (
             {"X-API-Key": "a-long-key-1"},
             {"Authorization": "Bearer a-long-key-1"},

@@ -19,6 +19,7 @@ from service.predictor import Answer, Predictor, Question
 from service.problems import OVERLOADED, Problem
 from tests.service.conftest import running, until
 from tests.service.store import in_process, instance, make_settings, write_snapshot
+from trainer.config import ServiceSettings
 from trainer.schema import Columns
 
 
@@ -45,11 +46,14 @@ class Passes:
         return self._answer(questions)
 
 
-def batcher_of(predictor: object, max_queue: int = 1000) -> Batcher:
-    return Batcher(lambda: predictor, max_queue)  # type: ignore[arg-type, return-value]
+PASS_ROWS = ServiceSettings().max_batch_size
 
 
-@pytest.mark.parametrize("rows", [1, batcher_module.PASS_ROWS // 7])
+def batcher_of(predictor: object, **settings: Any) -> Batcher:
+    return Batcher(lambda: predictor, ServiceSettings(**settings))  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("rows", [1, PASS_ROWS // 7])
 def test_what_waits_is_one_pass(predictor: Predictor, rows: int) -> None:
     passes = Passes(predictor)
 
@@ -70,12 +74,38 @@ def test_a_pass_takes_no_more_than_its_limit(predictor: Predictor) -> None:
 
     async def ask() -> None:
         batcher = batcher_of(passes)
-        rows = batcher_module.PASS_ROWS // 2
+        rows = PASS_ROWS // 2
         await asyncio.gather(*(batcher.ask(question(rows)) for _ in range(5)))
         batcher.close()
 
     asyncio.run(ask())
     assert passes.sizes == [2, 2, 1]
+
+
+def test_a_pass_that_is_not_full_waits_for_more_when_it_is_told_to(predictor: Predictor) -> None:
+    passes = Passes(predictor)
+
+    async def ask() -> tuple[float, float]:
+        batcher = batcher_of(passes, max_batch_size=4, max_wait_s=0.2)
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        first = batcher.ask(question())
+        await asyncio.sleep(0.05)
+        await asyncio.gather(first, batcher.ask(question()))
+        waited_s = loop.time() - begun_s
+        begun_s = loop.time()
+        await asyncio.gather(*(batcher.ask(question()) for _ in range(4)))  # full: it does not wait
+        full_s = loop.time() - begun_s
+        given_up = batcher.ask(question())
+        batcher.forget(given_up)
+        await batcher.ask(question(9))  # larger than a pass: has one of its own
+        batcher.close()
+        return waited_s, full_s
+
+    waited_s, full_s = asyncio.run(ask())
+    assert passes.sizes == [2, 4, 1]
+    assert waited_s >= 0.2
+    assert full_s < 0.2
 
 
 def test_past_the_queue_requests_are_refused_and_the_others_answered(predictor: Predictor) -> None:
@@ -95,13 +125,11 @@ def test_past_the_queue_requests_are_refused_and_the_others_answered(predictor: 
 
 
 def test_rows_are_bounded_too(predictor: Predictor) -> None:
-    whole_pass = question(batcher_module.PASS_ROWS)
+    whole_pass = question(PASS_ROWS)
 
     async def ask() -> None:
         batcher = batcher_of(predictor)
-        accepted = [
-            batcher.ask(whole_pass) for _ in range(batcher_module.MOST_WAITING_ROWS // batcher_module.PASS_ROWS)
-        ]
+        accepted = [batcher.ask(whole_pass) for _ in range(batcher_module.MOST_WAITING_ROWS // PASS_ROWS)]
         with pytest.raises(Problem):
             batcher.ask(whole_pass)
         for future in accepted[1:]:

@@ -1,7 +1,5 @@
 """Three times the clients and requests that there is room for: how long the accepted take, and what the others get."""
 
-import json
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,9 @@ import numpy as np
 import psutil
 
 from service.broker import free_port
-from tests.benchmarks.serve.net import body, write_config
-from tests.benchmarks.serve.processes import on_one_core, python, wrk
+from tests.benchmarks.serve.net import body, service_command, with_model, write_config
+from tests.benchmarks.serve.offered import offer
+from tests.benchmarks.serve.processes import on_cores, wrk
 
 ROWS = 100  # so that refusing a request is cheap beside answering one, as it is not with a single row
 CLIENTS = 64  # that the service has room for: its queue is as long
@@ -22,10 +21,8 @@ SAMPLE_S = 0.5
 def measure(folder: Path, seconds: int) -> dict[str, Any]:
     """p99 of the accepted, and the memory, beside those of as many clients as there is room for."""
     port = free_port()
-    command = python(
-        "-m", "service", "serve", "--config", str(write_config(folder, port, service=f"max_queue = {CLIENTS}"))
-    )
-    with on_one_core(command, port, folder / "overloaded.log") as pid:
+    config = with_model(write_config(folder, port, service=f"max_queue = {CLIENTS}"))
+    with on_cores(service_command(config), folder / "overloaded.log", port) as pid:
         wrk(port, body(ROWS), CLIENTS, 2)
         full = wrk(port, body(ROWS), CLIENTS, max(5, seconds // 4))
         server = psutil.Process(pid)
@@ -39,13 +36,12 @@ def measure(folder: Path, seconds: int) -> dict[str, Any]:
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            offered = [str(value) for value in (port, ROWS, TIMES * full.requests_per_s, seconds, TIMES * CLIENTS)]
-            command = python("-m", "tests.benchmarks.serve.offered", *offered)
-            said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            times_s = offer(
+                port, body(ROWS), rate=TIMES * full.requests_per_s, seconds=seconds, clients=TIMES * CLIENTS
+            ).times_s
         finally:
             done.set()
             watcher.join()
-    times_s = {int(status): times for status, times in json.loads(said).items()}
     p99_ms = float(np.quantile(times_s.get(200, [float("nan")]), 0.99) * 1e3)
     return {
         "seconds": seconds,

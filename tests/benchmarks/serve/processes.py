@@ -54,8 +54,10 @@ def python(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def on_one_core(command: Sequence[str], port: int, log: Path, cores: set[int] = SERVER_CORE) -> Iterator[int]:
-    """A server, once it listens; gives its process id."""
+def on_cores(
+    command: Sequence[str], log: Path, port: int | None = None, cores: set[int] = SERVER_CORE
+) -> Iterator[int]:
+    """A process, once it answers at a port if it has one; gives its id."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -66,7 +68,7 @@ def on_one_core(command: Sequence[str], port: int, log: Path, cores: set[int] = 
         )
     try:
         deadline = time.monotonic() + START_S
-        while not answers(port):
+        while port is not None and not answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{' '.join(command)} did not start:\n{log.read_text()[-2000:]}")
             time.sleep(0.1)

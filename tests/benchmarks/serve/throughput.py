@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from service.broker import free_port
-from tests.benchmarks.serve.net import body, write_config
-from tests.benchmarks.serve.processes import Load, cpu_s, on_one_core, python, wrk
+from tests.benchmarks.serve.net import body, service_command, with_model, write_config
+from tests.benchmarks.serve.processes import Load, cpu_s, on_cores, python, wrk
 
+OURS = {"tailstream": "mixture", "tailstream-gaussian": "gaussian"}  # and their heads
 CLIENTS = (16, 64)
 MANY = 1000
 
@@ -28,18 +29,10 @@ class Measured(NamedTuple):
 def measure(folder: Path, rounds: int, seconds: int) -> list[dict[str, Any]]:
     """A run for each server and load, the median of the rounds."""
     single, many = body(1), body(MANY)
-    ports = {name: free_port() for name in ("tailstream", "tailstream-gaussian", "echo", "forward", "litserve")}
+    ports = {name: free_port() for name in (*OURS, "echo", "forward", "litserve")}
+    configs = {name: write_config(folder / name, ports[name], head=head) for name, head in OURS.items()}
     commands = {
-        "tailstream": python(
-            "-m", "service", "serve", "--config", str(write_config(folder / "m", ports["tailstream"]))
-        ),
-        "tailstream-gaussian": python(
-            "-m",
-            "service",
-            "serve",
-            "--config",
-            str(write_config(folder / "g", ports["tailstream-gaussian"], head="gaussian")),
-        ),
+        **{name: service_command(with_model(config)) for name, config in configs.items()},
         **{name: python("-m", "tests.benchmarks.serve.rivals", name, str(ports[name])) for name in ("echo", "forward")},
     }
     if importlib.util.find_spec("litserve") is None:
@@ -62,7 +55,7 @@ def measure(folder: Path, rounds: int, seconds: int) -> list[dict[str, Any]]:
     busy_s: dict[Measured, float] = dict.fromkeys(loads, 0.0)
     with ExitStack() as running:
         pids = {
-            name: running.enter_context(on_one_core(command, ports[name], folder / f"{name}.log"))
+            name: running.enter_context(on_cores(command, folder / f"{name}.log", ports[name]))
             for name, command in commands.items()
         }
         for turn in range(rounds + 1):
