@@ -18,6 +18,7 @@ from service.auth import KeyCheck, Keys, load_keys
 from service.batcher import Batcher
 from service.body import Bodies
 from service.density import density_router
+from service.history import kept_manifests
 from service.live import Live
 from service.metrics import CountRequests, ServiceMetrics
 from service.page import mounts, page_facts, page_router
@@ -46,16 +47,25 @@ def create_app(settings: Settings) -> FastAPI:
     versions = Versions(store, settings)
     batcher = Batcher(lambda: watcher.predictor, settings.service)
     metrics = ServiceMetrics(lambda: watcher.predictor, lambda: len(batcher), lambda: watcher.pinned)
-    live = Live(watcher, page_facts(settings), lambda: not_ready_because(watcher, settings))
+    live = Live(
+        watcher,
+        page_facts(settings),
+        lambda: not_ready_because(watcher, settings),
+        lambda: kept_manifests(store, settings.task),
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(watcher.start)
-        refreshing = asyncio.create_task(_refresh(metrics, settings.service.poll_interval_s))
+        tasks = [
+            asyncio.create_task(_refresh(metrics, settings.service.poll_interval_s)),
+            asyncio.create_task(live.follow()),
+        ]
         try:
             yield
         finally:
-            refreshing.cancel()
+            for task in tasks:
+                task.cancel()
             await asyncio.to_thread(watcher.stop)
             endpoint.close()
             batcher.close()

@@ -43,6 +43,7 @@ def page_facts(settings: Settings) -> dict[str, Any]:
     features = settings.record_schema.features
     return {
         "task": settings.task,
+        "topic": settings.kafka.topic,
         "label": settings.record_schema.label,
         "features": {name: feature.model_dump(mode="json") for name, feature in features.items()},
         "default_balance": settings.service.default_balance,

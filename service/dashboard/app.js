@@ -2,28 +2,28 @@
 
 import * as charts from "./charts.js";
 import { follow } from "./events.js";
+import * as history from "./history.js";
 import { askForKey, byId, count, duration, element, keepKey, number, write } from "./page.js";
 import * as question from "./question.js";
 import { taskOf } from "./tasks.js";
 import * as versions from "./versions.js";
 
 const QUIET_S = 15; // without a new snapshot for this long the page says so
-const HISTORY = 600; // points of the error's history
 const NEWEST = 40; // classes that are shown
+const FRESH = 20; // points of the newest labels that stand out
 
 // The newest event of each kind; `model` is null while there is none, `lost` is why no events come.
-const heard = { page: null, model: null, now: null, lost: null };
+const heard = { page: null, history: null, model: null, now: null, lost: null };
 let fresh = false; // whether the model has not been shown yet
 let task = null; // what the page says of labels of this kind
-let history = []; // of each answer
-const drifts = []; // when the trainer was heard to have raised an alarm, seconds
-let alarms = null; // it has raised so far
+let looked = null; // the region that the pointer is at
 
 const again = follow(
   (kind, data) => {
     heard[kind] = data;
     heard.lost = null;
     if (kind === "page") build(data);
+    if (kind === "history") history.begin(data);
     if (kind === "model") fresh = true;
     if (kind === "now") show(); // which follows the others
   },
@@ -44,13 +44,17 @@ byId("key-form").addEventListener("submit", (event) => {
 function build(page) {
   if (task) return;
   task = taskOf(page);
-  history = task.answers.map(([, name, dash]) => ({ name, dash, values: [] }));
+  document.title = `${page.label} · Tailstream`;
+  write("label", page.label);
+  write("topic", page.topic);
+  byId("learned").hidden = false;
   write("error-title", task.title);
-  write("history-title", task.history);
-  write("alike-title", task.alike);
-  write("kept-title", task.keptTitle);
+  write("history-title", `${task.title} over time`);
   write("sigma-title", task.sigma);
-  for (const place of document.querySelectorAll(".constant")) place.textContent = task.constant;
+  ["kept-title", "alike-title"].forEach((id, i) => write(id, task.keptTitles[i]));
+  write("constant-title", task.constant);
+  for (const place of document.querySelectorAll(".constant-name")) place.textContent = task.constant.toLowerCase();
+  for (const place of document.querySelectorAll(".alike-name")) place.textContent = task.alikeTitle;
   question.build(page);
 }
 
@@ -77,9 +81,9 @@ function verdict() {
   if (now.age_s > QUIET_S) {
     const behind = model.lag_records > 0;
     const why = behind
-      ? `${count(model.lag_records)} records were waiting then: the trainer has stopped, or cannot go on`
-      : "the stream is quiet, or the trainer has stopped";
-    const text = `No new snapshot for ${duration(now.age_s)}: ${why}. Predictions go on with the last model.`;
+      ? `, though ${count(model.lag_records)} records were waiting: the trainer has stopped, or cannot go on`
+      : ": the stream is quiet, or the trainer has stopped";
+    const text = `No new snapshot for ${duration(now.age_s)}${why}. Predictions go on with the last model.`;
     return ["warn", behind ? "trainer silent" : "quiet", text];
   }
   return ["good", "live", ""];
@@ -91,6 +95,7 @@ function show() {
   write("status", text);
   byId("status").className = `pill ${kind}`;
   write("notice", notice);
+  byId("notice").className = `notice ${kind}`;
   byId("notice").hidden = !notice;
   byId("live").classList.toggle("stale", Boolean(lost));
   byId("live").hidden = byId("model").hidden = !model;
@@ -111,7 +116,7 @@ function show() {
 function showModel(model) {
   write("version", `#${model.version}`);
   write("samples", count(model.samples));
-  write("step", `${count(model.step)} steps`);
+  write("step", `in ${count(model.step)} steps`);
   write("rate", count(model.samples_per_second));
   write("lag", count(model.lag_records));
   write("loss", number(model.train_loss));
@@ -119,7 +124,8 @@ function showModel(model) {
   const { classes } = model.metrics.fading || {};
   write("sigma", classes === undefined ? number(model.noise_sigma_label_units) : count(classes));
   write("sigma-sd", classes === undefined ? `${number(model.noise_sigma)} label sd` : "seen recently");
-  remember(model);
+  byId("spark-noise_sigma_label_units").hidden = classes !== undefined;
+  history.add(model.point);
   showErrors();
   draw();
   question.refresh(model);
@@ -129,40 +135,37 @@ const errorsShown = () => heard.model.metrics[document.querySelector("input[name
 
 function showErrors() {
   const errors = errorsShown();
-  const rows = task.rows.map(([key, name]) => {
-    const values = task.answers.map(([answer]) => (errors[answer] || {})[key] ?? null);
-    const known = values.filter((value) => value !== null);
+  const value = (answer, key) => (errors[answer] || {})[key] ?? null;
+  const format = task.format(task.answers.slice(0, 2).flatMap(([answer]) => task.rows.map(([key]) => value(answer, key))));
+  const rows = task.rows.map(([key, name, known]) => {
+    const values = task.answers.map(([answer]) => value(answer, key));
+    const present = values.filter((found) => found !== null);
     const row = document.createElement("tr");
     const head = element("th", "", name);
     head.scope = "row";
+    if (known) head.append(element("small", "", known));
     row.append(head);
-    for (const value of values) {
-      const best = known.length > 1 && value === task.best(...known);
-      row.append(element("td", best ? "best" : "", number(value)));
+    for (const found of values) {
+      const best = found === task.best(...present) && present.some((other) => other !== found);
+      row.append(element("td", best ? "best" : "", format(found)));
     }
     return row;
   });
   byId("errors").replaceChildren(...rows);
-}
-
-function remember(model) {
-  const errors = model.metrics.fading || {};
-  const now = Date.now() / 1000;
-  task.answers.forEach(([answer], i) => {
-    const value = (errors[answer] || {})[task.followed];
-    if (value !== null && value !== undefined) history[i].values.push([now, value]);
-    if (history[i].values.length > HISTORY) history[i].values.shift();
+  const constant = task.answers[2][0];
+  const { all, alike } = task.followed;
+  const claims = [["0", all, "all labels"], ["1", alike, task.alikeTitle]].map(([answer, key, name]) => {
+    const [mine, other] = [value(answer, key), value(constant, key)];
+    return mine === null || other === null ? "" : `${task.verdict(mine, other)} for ${name}`;
   });
-  if (alarms !== null && model.drift_alarms > alarms) drifts.push(now);
-  alarms = model.drift_alarms;
+  const said = claims.filter(Boolean).join(", ");
+  write("error-verdict", said && `Beside the ${task.constant.toLowerCase()}: ${said}.`);
 }
 
 function draw() {
   const { model, page } = heard;
   if (!model || !page) return;
-  const [first] = history[0].values[0] ?? [Infinity];
-  charts.lines(byId("history"), history, drifts.filter((at) => at >= first));
-  byId("drift-legend").hidden = !drifts.length;
+  history.draw(task);
   const classes = page.task === "classification";
   byId("regions-card").hidden = classes;
   byId("scatter").hidden = classes;
@@ -174,30 +177,48 @@ function draw() {
 
 function drawNumbers(model, page) {
   const points = model.newest;
-  write("scatter-hint", `Predicted ${page.label} (upwards) against the true one; on the dashed line they agree.`);
+  const { label } = page;
+  write("scatter-hint", `The newest ${count(points.length)}; on the dashed line they agree.`);
   byId("scatter").setAttribute("aria-label", `Predictions against labels of the newest ${points.length} records`);
-  charts.scatter(byId("scatter"), points);
+  if (points.length) charts.scatter(byId("scatter"), points, FRESH, [`true ${label}`, `predicted ${label}`]);
   const { regions } = errorsShown();
   if (!regions) return;
-  const from = `${page.label} from ${number(regions.low)} to ${number(regions.high)}`;
+  const from = `${label} from ${number(regions.low)} to ${number(regions.high)}`;
   byId("regions").setAttribute("aria-label", `Labels and mean absolute error by region, ${from}`);
   const errors = task.answers.map(([answer, name, dash]) => ({ name, dash, values: regions[answer] }));
-  charts.regions(byId("regions"), regions, errors);
+  charts.regions(byId("regions"), regions, errors, [label, "mean absolute error"], lookAt);
+  tellRegion();
+}
+
+function lookAt(region) {
+  looked = region;
+  tellRegion();
+}
+
+/** The legend's values: of the region that the pointer is at. */
+function tellRegion() {
+  const { regions } = errorsShown();
+  if (!regions) return;
+  const shown = looked !== null && looked < regions.rows.length;
+  const width = (regions.high - regions.low) / regions.rows.length;
+  const edge = (i) => number(regions.low + i * width);
+  const where = `${edge(looked)} to ${edge(looked + 1)}`;
+  write("regions-at", shown ? `From ${where}:` : "Point at a region for its figures.");
+  write("regions-labels", shown ? count(regions.rows[looked]) : "");
+  const known = task.answers.map(([answer]) => regions[answer][looked] ?? null);
+  const format = task.format(known);
+  task.answers.forEach(([, name], i) => write(`regions-${name}`, shown ? format(known[i]) : ""));
 }
 
 /** Newest classes beside what was said of them, the newest first. */
 function showNewest(samples) {
-  write("scatter-hint", "What came, and where it was not what had been predicted, what had.");
+  const right = samples.filter(({ label, prediction }) => label === prediction).length;
+  write("scatter-hint", `${right} of the newest ${samples.length} predicted right. The newest come first.`);
   const marks = samples.slice(-NEWEST).reverse().map(({ label, prediction }) => {
-    const right = label === prediction;
-    return element("li", right ? "right" : "wrong", right ? `✓ ${label}` : `${label}, not ${prediction}`);
+    const hit = label === prediction;
+    return element("li", hit ? "right" : "wrong", hit ? `✓ ${label}` : `✗ ${label}, not ${prediction}`);
   });
   byId("newest").replaceChildren(...marks);
-}
-
-function redraw() {
-  draw();
-  question.draw();
 }
 
 for (const input of document.querySelectorAll("input[name=window]")) {
@@ -206,5 +227,8 @@ for (const input of document.querySelectorAll("input[name=window]")) {
     draw();
   });
 }
-new ResizeObserver(redraw).observe(byId("live"));
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+// Charts that had no room when the data came are drawn when they have.
+new ResizeObserver(() => {
+  draw();
+  question.draw();
+}).observe(byId("live"));

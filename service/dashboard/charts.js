@@ -1,257 +1,277 @@
-// Four small charts on canvases. Colours are the style sheet's, so that dark mode needs nothing here.
+// The charts, drawn by uPlot (a global of its own script). Colours are the style sheet's, read again when they change.
 
-import { duration, minus } from "./page.js";
+import { minus } from "./page.js";
 
-const PAD = { left: 46, right: 10, top: 8, bottom: 26 };
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
 const plain = (value) => minus(compact.format(value));
+const FONT = "12px system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif";
 
-function begin(canvas, right = PAD.right) {
-  const scale = window.devicePixelRatio || 1;
-  const { clientWidth, clientHeight: height } = canvas;
-  canvas.width = Math.round(clientWidth * scale);
-  canvas.height = Math.round(height * scale);
-  const context = canvas.getContext("2d");
-  context.scale(scale, scale);
-  context.font = "12px system-ui, sans-serif";
-  context.lineJoin = "round";
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(`--${name}`).trim();
-  return { context, colour, width: clientWidth, height, end: clientWidth - right, bottom: height - PAD.bottom };
-}
+const made = new Map(); // charts by the element that they are in
+const states = new WeakMap(); // what the options of a chart read, by the same element; renewed with the data
+const resized = new ResizeObserver((entries) => {
+  for (const { target } of entries) if (target.clientWidth) made.get(target).setSize(sizeOf(target));
+});
+const sizeOf = (place) => ({ width: place.clientWidth, height: place.clientHeight });
 
-/** Round numbers between two values, about `count` of them. */
-function ticks(low, high, count) {
-  const raw = (high - low) / count || 1;
-  const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= raw);
-  const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step + 0); // no −0
-  return found;
-}
+const colours = new Map();
+const colour = (name) => () => {
+  if (!colours.has(name)) colours.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return colours.get(name);
+};
+window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  colours.clear();
+  for (const chart of made.values()) chart.redraw(false);
+});
 
-const between = (low, high, from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
-
-function rowsOf(chart, y, values) {
-  const { context, colour, end } = chart;
-  context.strokeStyle = colour("line");
-  context.fillStyle = colour("soft");
-  context.lineWidth = 1;
-  context.textAlign = "right";
-  context.textBaseline = "middle";
-  for (const value of values) {
-    context.beginPath();
-    context.moveTo(PAD.left, Math.round(y(value)) + 0.5);
-    context.lineTo(end, Math.round(y(value)) + 0.5);
-    context.stroke();
-    context.fillText(plain(value), PAD.left - 8, y(value));
+/**
+ * Shows data in the chart of a place, which is made the first time; nothing while the place has no room.
+ *
+ * options(now) is asked for once, and reads from `now` the state that came with the newest data.
+ */
+function show(place, data, state, options) {
+  if (!place.clientWidth) return;
+  if (!states.has(place)) states.set(place, {});
+  const now = Object.assign(states.get(place), state);
+  if (made.has(place)) {
+    made.get(place).setData(data);
+    return;
   }
+  const chart = new uPlot({ legend: { show: false }, ...sizeOf(place), ...options(now) }, data, place);
+  made.set(place, chart);
+  resized.observe(place);
 }
 
-/** Writes values below the chart, those that come first with precedence: none is written over another. */
-function columnsOf(chart, x, values, text = plain) {
-  const { context, colour, width, bottom } = chart;
-  context.fillStyle = colour("soft");
-  context.textAlign = "left";
-  context.textBaseline = "top";
-  const taken = [];
-  for (const value of values) {
-    const size = context.measureText(text(value)).width;
-    const left = Math.min(Math.max(x(value) - size / 2, 0), width - size);
-    if (taken.some(([from, to]) => left < to + 14 && left + size > from - 14)) continue;
-    context.fillText(text(value), left, bottom + 8);
-    taken.push([left, left + size]);
-  }
+const axis = (more) => ({
+  stroke: colour("soft"), font: FONT, labelFont: FONT, labelSize: 18, labelGap: 2, size: 48, gap: 6, ticks: { show: false },
+  grid: { stroke: colour("line"), width: 1 }, values: (_, values) => values.map((value) => (value === null ? "" : plain(value))),
+  ...more,
+});
+const along = (more) => axis({ size: 26, grid: { show: false }, space: 70, ...more });
+const line = (name, dash, more = {}) => ({ stroke: colour(name), width: 2, dash, points: { show: false }, ...more });
+const cursor = (more = {}) => ({ y: false, drag: { x: false, y: false }, points: { size: 7 }, ...more });
+const fromZero = (_, __, high) => [0, high * 1.08 || 1];
+
+/** Draws in the chart's own pixels, within its axes. */
+function within(chart, drawing) {
+  const { ctx, bbox } = chart;
+  ctx.save();
+  ctx.beginPath();
+  ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+  ctx.clip();
+  drawing(ctx, bbox, uPlot.pxRatio);
+  ctx.restore();
 }
 
-/** A line through points; it breaks where one is null. */
-function stroke(chart, { name, dash = [] }, points, thickness = 2) {
-  const { context, colour } = chart;
-  context.strokeStyle = colour(name);
-  context.lineWidth = thickness;
-  context.setLineDash(dash);
-  context.beginPath();
-  let drawing = false;
-  for (const point of points) {
-    if (point && drawing) context.lineTo(...point);
-    else if (point) context.moveTo(...point);
-    drawing = Boolean(point);
-  }
-  context.stroke();
-  context.setLineDash([]);
-}
-
-/** Predictions against labels, both axes alike; on the diagonal they agree. */
-export function scatter(canvas, points) {
-  if (!points.length) return;
-  const chart = begin(canvas);
-  const { context, colour, end, bottom } = chart;
-  const values = points.flatMap((point) => [point.label, point.prediction]);
-  const low = Math.min(...values), high = Math.max(...values);
-  const x = between(low, high, PAD.left + 6, end - 6);
-  const y = between(low, high, bottom - 6, PAD.top + 6);
-  rowsOf(chart, y, ticks(low, high, 5));
-  columnsOf(chart, x, ticks(low, high, 6));
-  stroke(chart, { name: "constant", dash: [4, 4] }, [[x(low), y(low)], [x(high), y(high)]], 1);
-  context.fillStyle = colour("stream");
-  points.forEach((point, i) => {
-    context.globalAlpha = 0.25 + 0.6 * ((i + 1) / points.length); // the newest stand out
-    context.beginPath();
-    context.arc(x(point.label), y(point.prediction), 3.5, 0, 2 * Math.PI);
-    context.fill();
+function upright(chart, at, name, dash = [], width = 1.5) {
+  within(chart, (ctx, { top, height }, ratio) => {
+    const x = Math.round(chart.valToPos(at, "x", true));
+    ctx.strokeStyle = colour(name)();
+    ctx.lineWidth = width * ratio;
+    ctx.setLineDash(dash.map((part) => part * ratio));
+    ctx.beginPath();
+    ctx.moveTo(x, top);
+    ctx.lineTo(x, top + height);
+    ctx.stroke();
   });
-  context.globalAlpha = 1;
 }
 
-/** Lines over seconds: `series` is [{name, dash, values: [[seconds, value], ...]}], names are colours; and marks. */
-export function lines(canvas, series, marks = []) {
-  const points = series.flatMap((line) => line.values);
-  if (!points.length) return;
-  const chart = begin(canvas);
-  const start = Math.min(...points.map((point) => point[0]));
-  const end = Math.max(start + 10, ...points.map((point) => point[0]));
-  const high = Math.max(...points.map((point) => point[1])) * 1.08 || 1;
-  const x = between(start, end, PAD.left, chart.end);
-  const y = between(0, high, chart.bottom, PAD.top);
-  const clock = (seconds) => (end - seconds < 0.5 ? "now" : `−${duration(end - seconds)}`);
-  rowsOf(chart, y, ticks(0, high, 5));
-  columnsOf(chart, x, [start, (start + end) / 2, end], clock);
-  for (const at of marks) stroke(chart, { name: "bad" }, [[x(at), PAD.top], [x(at), chart.bottom]], 1.5);
-  for (const line of series) stroke(chart, line, line.values.map(([seconds, value]) => [x(seconds), y(value)]));
+const clock = (seconds, options) => new Intl.DateTimeFormat("en-GB", options).format(seconds * 1000);
+const SECONDS = { hour: "2-digit", minute: "2-digit", second: "2-digit" };
+const MINUTES = { hour: "2-digit", minute: "2-digit" };
+const DAYS = { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" };
+export const moment = (seconds) => clock(seconds, Date.now() / 1000 - seconds > 72000 ? DAYS : SECONDS);
+const moments = (_, values, __, ___, step) =>
+  values.map((value) => clock(value, step < 60 ? SECONDS : step < 21600 ? MINUTES : DAYS));
+
+/**
+ * Lines over seconds; `series` is [{name, dash, values}], a name is a colour. `marks` are seconds of drift alarms, and
+ * {label, tick} names the axis of the values and says how they are written.
+ * onLook(index) says which point the pointer is at, null where at none.
+ */
+export function lines(place, times, series, marks, { label, tick = plain }, onLook) {
+  show(place, [times, ...series.map(({ values }) => values)], { marks, label }, (now) => ({
+    padding: [8, 24, 0, 0],
+    scales: { x: { time: true, range: (_, low, high) => [low, Math.max(high, low + 10)] }, y: { range: fromZero } },
+    axes: [along({ values: moments, space: 90 }), axis({ label: () => now.label, space: 36, values: (_, values) => values.map(tick) })],
+    series: [{}, ...series.map(({ name, dash }) => line(name, dash, { spanGaps: true }))],
+    cursor: cursor(),
+    hooks: {
+      setCursor: [(chart) => onLook(chart.cursor.idx ?? null)],
+      draw: [(chart) => now.marks.forEach((at) => upright(chart, at, "bad", [2, 3]))],
+    },
+  }));
+}
+
+/** A line without axes, filled below. */
+export function spark(place, times, values) {
+  show(place, [times, values], {}, () => ({
+    padding: [3, 0, 3, 0],
+    scales: { x: { time: false }, y: { range: (_, low, high) => [Math.min(0, low), high * 1.05 || 1] } },
+    axes: [{ show: false }, { show: false }],
+    series: [{}, line("accent", [], { width: 1.5, spanGaps: true, fill: colour("accent-wash") })],
+    cursor: { show: false },
+  }));
+}
+
+/** Predictions against labels, both axes alike; on the diagonal they agree. The newest stand out. */
+export function scatter(place, points, newest, names) {
+  const sorted = points.map((point, i) => ({ ...point, fresh: i >= points.length - newest }));
+  sorted.sort((one, other) => one.label - other.label);
+  const of = (fresh) => sorted.map((point) => (point.fresh === fresh ? point.prediction : null));
+  const values = sorted.flatMap(({ label, prediction }) => [label, prediction]);
+  const low = Math.min(...values), high = Math.max(...values);
+  const margin = (high - low) * 0.04 || 1;
+  const state = { limits: [low - margin, high + margin], names };
+  const dots = (name, size) => ({
+    stroke: colour(name), paths: () => null, points: { show: true, size, width: 0, fill: colour(name), stroke: colour(name) },
+  });
+  show(place, [sorted.map(({ label }) => label), of(false), of(true)], state, (now) => ({
+    padding: [8, 12, 0, 0],
+    scales: { x: { time: false, range: () => now.limits }, y: { range: () => now.limits } },
+    axes: [along({ label: () => now.names[0] }), axis({ label: () => now.names[1] })],
+    series: [{}, dots("stream-wash", 6), dots("stream", 8)],
+    cursor: { show: false },
+    hooks: { drawAxes: [diagonal] },
+  }));
+}
+
+function diagonal(chart) {
+  const [low, high] = [chart.scales.x.min, chart.scales.x.max];
+  within(chart, (ctx, _, ratio) => {
+    ctx.strokeStyle = colour("constant")();
+    ctx.lineWidth = ratio;
+    ctx.setLineDash([4 * ratio, 4 * ratio]);
+    ctx.beginPath();
+    ctx.moveTo(chart.valToPos(low, "x", true), chart.valToPos(low, "y", true));
+    ctx.lineTo(chart.valToPos(high, "x", true), chart.valToPos(high, "y", true));
+    ctx.stroke();
+  });
 }
 
 /**
- * How many labels lie where, on a logarithmic scale, and the error there: bars, and lines over them.
+ * How many labels lie where, on a logarithmic scale, and the error there: a histogram, and lines over it.
  *
  * `bins` is {low, high, rows: [...]} of equally wide regions; `series` is [{name, dash, values: [error or null, ...]}],
  * and the first two of them fit in: the error of the running median grows with every step away from it.
+ * onLook(region) says which region the pointer is at, null where at none.
  */
-export function regions(canvas, bins, series) {
-  const chart = begin(canvas, PAD.left);
-  const { context, end, bottom } = chart;
+export function regions(place, bins, series, names, onLook) {
   const { low, high, rows } = bins;
   const width = (high - low) / rows.length || 1;
-  const worst = Math.max(...series.slice(0, 2).flatMap((line) => line.values.map((value) => value ?? 0))) * 1.25 || 1;
-  const most = Math.max(10, ...rows);
-  const y = between(0, worst, bottom, PAD.top);
-  const height = between(0, Math.log10(1 + most) * 1.05, bottom, PAD.top);
   // Wide where most labels are, narrower the farther away: a label ten times as far should not take ten times the room.
   const centre = low + (rows.indexOf(Math.max(...rows)) + 0.5) * width;
-  const squeezed = (label) => Math.asinh((label - centre) / (4 * width));
-  const placed = between(squeezed(low), squeezed(high), PAD.left, end);
-  const x = (label) => placed(squeezed(label));
-  const edge = (i) => x(low + i * width);
+  const state = {
+    ends: [low, high],
+    names,
+    last: rows.length - 1,
+    squeeze: (label) => Math.asinh((label - centre) / (4 * width)),
+    stretch: (x) => centre + 4 * width * Math.sinh(x),
+    worst: Math.max(...series.slice(0, 2).flatMap(({ values }) => values.map((value) => value ?? 0))) * 1.25 || 1,
+    most: Math.max(10, ...rows),
+  };
+  // Edges of the regions and their middles, in turns: the histogram has steps at the one, the lines points at the other.
+  const xs = [], counts = [], errors = series.map(() => []);
+  for (let i = 0; i <= rows.length; i++) {
+    xs.push(state.squeeze(low + i * width));
+    counts.push(Math.log10(1 + rows[Math.min(i, state.last)]));
+    errors.forEach((values) => values.push(undefined));
+    if (i === rows.length) break;
+    xs.push(state.squeeze(low + (i + 0.5) * width));
+    counts.push(Math.log10(1 + rows[i]));
+    errors.forEach((values, j) => values.push(series[j].values[i] ?? null));
+  }
+  show(place, [xs, counts, ...errors], state, (now) => ({
+    padding: [8, 0, 0, 0],
+    scales: {
+      x: { time: false, range: (_, from, to) => [from, to] },
+      y: { range: () => [0, now.worst] },
+      rows: { range: () => [0, Math.log10(1 + now.most) * 1.05] },
+    },
+    axes: [
+      along({
+        label: () => now.names[0],
+        splits: (chart) => labelTicks(chart, now),
+        values: (_, places) => places.map((x) => plain(round(now.stretch(x)))),
+      }),
+      axis({ label: () => now.names[1] }),
+      axis({
+        side: 1, scale: "rows", grid: { show: false }, label: "labels", size: 42,
+        splits: () => decades(now.most).map((count) => Math.log10(1 + count)),
+        values: (_, values) => values.map((value) => plain(Math.round(10 ** value - 1))),
+      }),
+    ],
+    series: [
+      {},
+      { scale: "rows", paths: uPlot.paths.stepped({ align: 1 }), fill: colour("bars"), width: 0, points: { show: false } },
+      ...series.map(({ name, dash }) => line(name, dash, { points: { show: true, size: 5, width: 0, fill: colour(name) } })),
+    ],
+    cursor: cursor({ points: { show: false } }),
+    hooks: { setCursor: [(chart) => onLook(chart.cursor.idx == null ? null : Math.min(chart.cursor.idx >> 1, now.last))] },
+  }));
+}
 
-  context.fillStyle = chart.colour("bars");
-  rows.forEach((count, i) => {
-    const top = height(Math.log10(1 + count));
-    context.fillRect(edge(i) + 0.5, top, Math.max(1, edge(i + 1) - edge(i) - 1), bottom - top);
-  });
-  rowsOf(chart, y, ticks(0, worst, 5));
-  columnsOf(chart, x, [5, 20, 60].flatMap((count) => ticks(low, high, count)));
-  context.textAlign = "left";
-  context.textBaseline = "middle";
-  for (let count = 1; count <= most; count *= 10) context.fillText(plain(count), end + 8, height(Math.log10(1 + count)));
-  inside(chart, PAD.left, end, () => {
-    for (const line of series) {
-      const points = line.values.map((value, i) => (value === null ? null : [x(low + (i + 0.5) * width), y(value)]));
-      stroke(chart, line, points);
-      context.fillStyle = chart.colour(line.name);
-      points.forEach((point, i) => {
-        if (!point || points[i - 1] || points[i + 1]) return;
-        context.beginPath(); // alone, it would be a line of no length
-        context.arc(...point, 2, 0, 2 * Math.PI);
-        context.fill();
-      });
+const round = (value) => Number(value.toPrecision(10));
+const decades = (most) => Array.from({ length: Math.ceil(Math.log10(most + 1)) }, (_, i) => 10 ** i);
+
+/** Round labels, from the coarsest, as many as there is room for. */
+function labelTicks(chart, { ends: [low, high], squeeze }) {
+  const room = 44 / (chart.bbox.width / uPlot.pxRatio) * (squeeze(high) - squeeze(low));
+  const taken = [];
+  for (const count of [5, 20, 60]) {
+    const raw = (high - low) / count || 1;
+    const power = 10 ** Math.floor(Math.log10(raw));
+    const step = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= raw);
+    for (let i = Math.ceil(low / step); i * step <= high; i++) {
+      const x = squeeze(i * step);
+      if (taken.every((other) => Math.abs(other - x) > room)) taken.push(x);
     }
-  });
+  }
+  return taken.sort((one, other) => one - other);
 }
 
-/** Draws what must not leave the part of the chart between two columns. */
-function inside(chart, left, right, drawing) {
-  const { context, bottom } = chart;
-  context.save();
-  context.beginPath();
-  context.rect(left, 0, right - left, bottom);
-  context.clip();
-  drawing();
-  context.restore();
-}
-
-/** Probabilities of classes, [[name, share], ...]: bars, each with a stroke where it ends at either of the `ends`. */
-export function shares(canvas, mine, ends) {
-  const chart = begin(canvas);
-  const { context, colour, end } = chart;
-  const pace = Math.min((chart.height - PAD.top) / mine.length, 34);
-  const left = Math.min(Math.max(...mine.map(([name]) => context.measureText(name).width)) + 12, chart.width / 3);
-  const x = between(0, 1, left, end - 44);
-  context.textBaseline = "middle";
-  mine.forEach(([name, share], i) => {
-    const middle = PAD.top + (i + 0.5) * pace;
-    context.fillStyle = colour("soft");
-    context.textAlign = "right";
-    context.fillText(name, left - 10, middle, left - 10);
-    context.textAlign = "left";
-    context.fillText(`${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`, x(1) + 8, middle);
-    context.fillStyle = colour("wash");
-    context.fillRect(left, middle - pace * 0.3, x(1) - left, pace * 0.6);
-    context.fillStyle = colour("mine");
-    context.fillRect(left, middle - pace * 0.3, x(share) - left, pace * 0.6);
-    ["stream", "balanced"].forEach((end, j) => {
-      const at = x(ends[j]?.[name] ?? 0);
-      stroke(chart, { name: end }, [[at, middle - pace * 0.42], [at, middle + pace * 0.42]], 3);
-    });
-  });
-}
-
-/** Predictive densities, [{edges, probabilities}]: `answer` filled, with its point and interval, over its two `ends`. */
-export function density(canvas, answer, ends) {
-  const chart = begin(canvas);
-  const { end, bottom } = chart;
+/** Predictive densities, [{edges, probabilities}]: `answer` filled, with its point and interval, and its two `ends`. */
+export function density(place, answer, ends, label) {
   const shapes = [answer, ...ends].map(outline);
-  const low = Math.min(...shapes.map((shape) => shape.low), answer.lower);
-  const high = Math.max(...shapes.map((shape) => shape.high), answer.upper);
-  const shown = ([label]) => label >= low && label <= high;
-  const peak = Math.max(...shapes.flatMap((shape) => shape.points.filter(shown).map((point) => point[1])));
-  const x = between(low, high, PAD.right, end);
-  const y = between(0, peak * 1.08, bottom, PAD.top);
-  const path = (shape) => shape.points.map(([label, value]) => [x(label), y(value)]);
-  const [mine, ...others] = shapes.map(path);
-  stroke(chart, { name: "line" }, [[PAD.right, bottom + 0.5], [end, bottom + 0.5]], 1);
-  columnsOf(chart, x, ticks(low, high, 6));
-  inside(chart, PAD.right, end, () => {
-    fill(chart, mine, 0.1);
-    inside(chart, x(answer.lower), x(answer.upper), () => fill(chart, mine, 0.3)); // the interval is what is darker
-    const names = [{ name: "stream" }, { name: "balanced", dash: [7, 4] }];
-    others.forEach((points, i) => stroke(chart, names[i], points, 1.5));
-    stroke(chart, { name: "mine" }, mine, 2.5);
-    const at = x(answer.prediction);
-    stroke(chart, { name: "mine" }, [[at, PAD.top], [at, bottom]], 1.5);
-  });
-}
-
-function fill(chart, points, alpha) {
-  const { context, colour, bottom } = chart;
-  context.fillStyle = colour("mine");
-  context.globalAlpha = alpha;
-  context.beginPath();
-  context.moveTo(points[0][0], bottom);
-  for (const point of points) context.lineTo(...point);
-  context.lineTo(points.at(-1)[0], bottom);
-  context.fill();
-  context.globalAlpha = 1;
+  const [mine] = shapes;
+  const { lower, upper, prediction } = answer;
+  const limits = [Math.min(lower, ...shapes.map(({ low }) => low)), Math.max(upper, ...shapes.map(({ high }) => high))];
+  const interval = [lower, ...mine.xs.filter((x) => x > lower && x < upper), upper];
+  const tables = shapes.map(({ xs, heights }) => [xs, heights]);
+  const data = uPlot.join([...tables, [interval, interval.map((x) => interpolated(mine, x))]]);
+  show(place, data, { limits, label, prediction }, (now) => ({
+    padding: [10, 12, 0, 12],
+    scales: { x: { time: false, range: () => now.limits }, y: { range: fromZero } },
+    axes: [along({ label: () => now.label, border: { show: true, stroke: colour("line"), width: 1 } }), { show: false }],
+    series: [
+      {},
+      line("mine", [], { width: 2.5, fill: colour("mine-wash") }),
+      line("stream", [], { width: 1.5 }),
+      line("balanced", [7, 4], { width: 1.5 }),
+      { fill: colour("mine-interval"), width: 0, points: { show: false } },
+    ].map((series) => ({ ...series, spanGaps: true })),
+    cursor: { show: false },
+    hooks: { draw: [(chart) => upright(chart, now.prediction, "mine", [], 2)] },
+  }));
 }
 
 const REST = 0.002; // of the probability beyond either end of what is drawn
 
 /** A density's height in the middle of each cell, and where nearly all of it lies. */
 function outline({ edges, probabilities }) {
-  const points = probabilities.map((share, i) => [(edges[i] + edges[i + 1]) / 2, share / (edges[i + 1] - edges[i])]);
+  const xs = probabilities.map((_, i) => (edges[i] + edges[i + 1]) / 2);
+  const heights = probabilities.map((share, i) => share / (edges[i + 1] - edges[i]));
   let low = edges[0], high = edges.at(-1), sum = 0;
   probabilities.forEach((share, i) => {
     if (sum <= REST && sum + share > REST) low = edges[i];
     if (sum < 1 - REST && sum + share >= 1 - REST) high = edges[i + 1];
     sum += share;
   });
-  return { points, low, high };
+  return { xs, heights, low, high };
+}
+
+function interpolated({ xs, heights }, x) {
+  const after = xs.findIndex((other) => other >= x);
+  if (after <= 0) return after ? heights.at(-1) : heights[0];
+  const share = (x - xs[after - 1]) / (xs[after] - xs[after - 1]);
+  return heights[after - 1] + share * (heights[after] - heights[after - 1]);
 }

@@ -22,7 +22,9 @@ export function build(facts) {
   if (page) return;
   page = facts;
   byId("interval-field").hidden = isOfClasses();
-  if (isOfClasses()) byId("density").setAttribute("aria-label", "Probabilities of classes");
+  byId("density").hidden = isOfClasses();
+  byId("shares").hidden = !isOfClasses();
+  byId("outcome").classList.toggle("classes", isOfClasses());
   byId("balance").value = page.default_balance;
   showBalance();
   Object.entries(page.features).forEach(([name, feature], i) => {
@@ -116,7 +118,7 @@ function showAnswer() {
   if (isOfClasses()) {
     const name = answer.predictions[0];
     const share = answer.probabilities[0][name];
-    say(`${page.label}: ${name}`, `with a probability of ${(100 * share).toFixed(1)} % · ${from}`);
+    say(`${page.label}: ${name}`, `with a probability of ${percent(share)} · ${from}`);
   } else {
     const exact = (value) => rounded(value, answer.upper - answer.lower);
     const share = Math.round(Number(byId("interval").value) * 100);
@@ -134,11 +136,32 @@ function say(point, hint) {
 export function draw() {
   if (!answer) return;
   if (isOfClasses()) {
-    // Sorted again: an object's names that look like whole numbers come first.
-    const shares = Object.entries(answer.probabilities[0]).sort(([, one], [, other]) => other - one);
-    charts.shares(byId("density"), shares.slice(0, MOST_CLASSES), ends.map((other) => other.probabilities[0]));
-  } else if (answer.edges.length) charts.density(byId("density"), answer, ends);
+    showShares();
+  } else if (answer.edges.length) charts.density(byId("density"), answer, ends, page.label);
 }
+
+/** Probabilities of the likeliest classes as bars, each with a stroke where it ends at either end of the slider. */
+function showShares() {
+  // Sorted again: an object's names that look like whole numbers come first.
+  const sorted = Object.entries(answer.probabilities[0]).sort(([, one], [, other]) => other - one);
+  const rows = sorted.slice(0, MOST_CLASSES).map(([name, share]) => {
+    const row = element("li");
+    const track = element("span", "track");
+    const fill = element("span", "fill");
+    fill.style.width = `${100 * share}%`;
+    track.append(fill);
+    ends.forEach((other, i) => {
+      const mark = element("span", `mark ${["stream", "balanced"][i]}`);
+      mark.style.left = `${100 * (other.probabilities[0][name] ?? 0)}%`;
+      track.append(mark);
+    });
+    row.append(element("span", "name", name), track, element("span", "share", percent(share)));
+    return row;
+  });
+  byId("shares").replaceChildren(...rows);
+}
+
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
 
 function showBalance() {
   byId("balance-value").textContent = Number(byId("balance").value).toFixed(2);

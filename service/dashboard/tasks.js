@@ -1,45 +1,61 @@
 // What differs on the page between labels that are numbers and labels that are classes.
 
-const BALANCES = [["0", "stream", []], ["1", "balanced", [7, 4]]]; // an answer, its colour, its dashes
+import { minus } from "./page.js";
+
+// An answer, its colour, its dashes, and what it is called.
+const BALANCES = [["0", "stream", [], "stream’s prior"], ["1", "balanced", [7, 4], "balanced"]];
+
+/** With as many places as tell the smallest of some values to three digits, the same for all of them. */
+function alike(values) {
+  const least = Math.min(...values.filter((value) => value).map(Math.abs));
+  const places = Number.isFinite(least) ? Math.min(Math.max(2 - Math.floor(Math.log10(least)), 0), 6) : 0;
+  const format = new Intl.NumberFormat("en", { minimumFractionDigits: places, maximumFractionDigits: places });
+  return (value) => (value === null || value === undefined ? "–" : minus(format.format(value)));
+}
+
+const percent = () => (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)} %`);
 
 const NUMBERS = {
   title: "Mean absolute error",
-  history: "Error since this page was opened",
   constant: "Running median",
   sigma: "Noise σ",
-  alike: "Regions alike",
-  answers: [...BALANCES, ["median", "constant", [2, 3]]],
+  answers: [...BALANCES, ["median", "constant", [2, 3], "running median"]],
   rows: [
-    ["mae", "all labels"],
-    ["mae_many", "frequent"],
-    ["mae_medium", "less frequent"],
-    ["mae_few", "rare"],
-    ["balanced_mae", "regions alike"],
+    ["mae", "All labels", ""],
+    ["mae_many", "Frequent", "many"],
+    ["mae_medium", "Less frequent", "medium"],
+    ["mae_few", "Rare", "few"],
+    ["balanced_mae", "Regions alike", "balanced"],
   ],
-  followed: "mae",
+  followed: { all: "mae", alike: "balanced_mae" },
+  alikeTitle: "regions alike",
+  format: alike,
   best: Math.min,
+  verdict: (mine, constant) => (mine < constant ? `${Math.round(100 * (1 - mine / constant))} % below` : `${Math.round(100 * (mine / constant - 1))} % above`),
   kept: ["mae", "balanced_mae"], // of a version: at balance 0, and with regions alike at balance 1
-  keptTitle: "MAE",
+  keptTitles: ["MAE", "Balanced MAE"],
 };
 
 const CLASSES = {
   title: "Share answered right",
-  history: "Mean recall of classes since this page was opened",
   constant: "Most frequent class",
   sigma: "Classes",
-  alike: "Classes alike",
-  answers: [...BALANCES, ["majority", "constant", [2, 3]]],
+  answers: [...BALANCES, ["majority", "constant", [2, 3], "most frequent class"]],
   rows: [
-    ["accuracy", "all labels"],
-    ["recall_many", "frequent"],
-    ["recall_medium", "less frequent"],
-    ["recall_few", "rare"],
-    ["macro_recall", "classes alike"],
+    ["accuracy", "All labels", ""],
+    ["recall_many", "Frequent", "many"],
+    ["recall_medium", "Less frequent", "medium"],
+    ["recall_few", "Rare", "few"],
+    ["macro_recall", "Classes alike", "balanced"],
   ],
-  followed: "macro_recall",
+  followed: { all: "accuracy", alike: "macro_recall" },
+  alikeTitle: "classes alike",
+  tick: (value) => `${Math.round(100 * value)} %`,
+  format: percent,
   best: Math.max,
+  verdict: (mine, constant) => `${(100 * (mine - constant)).toFixed(0)} points ${mine < constant ? "below" : "above"}`,
   kept: ["accuracy", "macro_recall"],
-  keptTitle: "Accuracy",
+  keptTitles: ["Accuracy", "Mean recall"],
 };
 
 export const taskOf = (page) => (page.task === "classification" ? CLASSES : NUMBERS);

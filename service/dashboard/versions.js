@@ -1,6 +1,6 @@
 // The table of kept versions, and rolling back to one of them.
 
-import { askForKey, byId, count, duration, element, headers, number } from "./page.js";
+import { askForKey, byId, count, duration, element, headers } from "./page.js";
 
 const EVERY_MS = 3000; // a trainer writes two versions a second; nobody reads so many
 const rows = new Map(); // by version, so that a row that stays keeps its focus
@@ -54,7 +54,7 @@ function build(model) {
   const head = element("th", "", `#${model.version}${model.healthy ? "" : " unhealthy"}`);
   head.scope = "row";
   const samples = element("td", "spare", count(model.samples));
-  const [natural, balanced] = task.kept.map((key) => number(model[key]));
+  const [natural, balanced] = task.kept.map((key) => task.format([model[key]])(model[key]));
   row.append(
     head, element("td", "age"), samples, element("td", "", natural), element("td", "spare", balanced), element("td", "use"),
   );

@@ -8,8 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from service import live
+from service.history import FIRST_STEP_S
 from service.watcher import Watcher
 from tests.service.conftest import running, until
 from tests.service.store import METRICS, write_snapshot
@@ -43,6 +45,8 @@ def test_a_page_first_hears_everything(client: httpx.Client, settings: Settings)
         kind, page = next(found)
         assert kind == "page"
         assert list(page["features"]) == list(settings.record_schema.features)
+        assert (page["label"], page["topic"]) == ("arr_delay", "flights")
+        assert next(found)[0] == "history"
         kind, model = next(found)
         assert kind == "model"
         assert (model["version"], model["samples"], model["lag_records"]) == (1, 320, 42)
@@ -59,7 +63,7 @@ def test_a_page_first_hears_everything(client: httpx.Client, settings: Settings)
 def test_every_page_hears_of_the_first_snapshot_and_of_the_next(empty: Settings) -> None:
     with running(empty) as client, events(client) as one, events(client) as other:
         for found in (one, other):
-            assert [next(found)[0] for _ in range(2)] == ["page", "model"]
+            assert [next(found)[0] for _ in range(3)] == ["page", "history", "model"]
             kind, now = next(found)
             assert (kind, now["age_s"]) == ("now", None)
             assert "no snapshot" in now["trouble"]
@@ -83,6 +87,7 @@ def test_a_beat_is_looked_up_once_for_all_pages_and_not_at_all_for_none(settings
 
     async def watch() -> None:
         watched = live.Live(Watcher(SnapshotStore(settings.store.path), settings), {}, look)
+        following = asyncio.create_task(watched.follow())
         pages = [watched.events() for _ in range(5)]
         await asyncio.gather(*map(beats, pages))
         assert 9 <= looks <= 11
@@ -91,8 +96,50 @@ def test_a_beat_is_looked_up_once_for_all_pages_and_not_at_all_for_none(settings
         before = looks
         await asyncio.sleep(5 * live.INTERVAL_S)
         assert looks == before
+        following.cancel()
 
     asyncio.run(watch())
+
+
+def test_a_look_that_fails_is_logged_and_the_next_one_comes(settings: Settings) -> None:
+    looks: list[str | None] = []
+
+    def look() -> str | None:
+        looks.append(None)
+        if len(looks) == 2:
+            raise OSError("on purpose")
+        return None
+
+    async def watch() -> None:
+        watched = live.Live(Watcher(SnapshotStore(settings.store.path), settings), {}, look)
+        following = asyncio.create_task(watched.follow())
+        page = watched.events()
+        for _ in range(5):
+            await anext(page)
+        following.cancel()
+
+    with capture_logs() as said:
+        asyncio.run(watch())
+    assert [line["event"] for line in said] == ["the live page could not be brought up to date"]
+
+
+def test_a_page_that_opens_hears_of_the_time_before(empty: Settings) -> None:
+    for seed in (1, 2):
+        write_snapshot(empty, seed=seed, drift_alarms=seed)
+    store = SnapshotStore(empty.store.path)
+    first, second = (store.manifest(version).created_s for version in store.versions())
+    with running(empty) as client:
+        until(lambda: _history(client) != {})
+        history = _history(client)
+    kept = [first, second] if second >= first + FIRST_STEP_S else [first]
+    assert history["time_s"] == kept
+    assert history["drift_alarms"] == [1, 2][: len(kept)]
+    assert history["mae.0"] == [10.0] * len(kept)
+
+
+def _history(client: httpx.Client) -> Any:
+    with events(client) as found:
+        return dict(next(found) for _ in range(2))["history"]
 
 
 def test_more_pages_than_there_is_room_for_are_refused(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
