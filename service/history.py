@@ -5,7 +5,8 @@ from contextlib import suppress
 from typing import Final
 
 from trainer.errors import SnapshotError
-from trainer.snapshot import Manifest, SnapshotStore
+from trainer.manifest import Manifest
+from trainer.snapshot import SnapshotStore
 
 MOST_POINTS: Final = 600  # as many as a chart has columns
 FIRST_STEP_S: Final = 1.0

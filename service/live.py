@@ -13,7 +13,7 @@ from service.metrics import age_s
 from service.predictor import Predictor
 from service.problems import OVERLOADED, Problem
 from service.watcher import Watcher
-from trainer.snapshot import Manifest
+from trainer.manifest import Manifest
 
 log = structlog.stdlib.get_logger(__name__)
 
