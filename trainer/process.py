@@ -22,6 +22,7 @@ from trainer.errors import ConfigError
 from trainer.kafka_client import Producer, TopicDescription, create_topic
 from trainer.learner import Learner
 from trainer.loop import train
+from trainer.losses import kernel
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import BatchSource, ThreadedSource
 from trainer.schema import FeatureSchema
@@ -51,6 +52,10 @@ def run(settings: Settings) -> None:
         stop = stack.enter_context(_stop_on_signals(settings.trainer.stop_grace_s))
         port = metrics.serve(settings.trainer.metrics_host, settings.trainer.metrics_port)
         log.info("trainer started", device=str(device), store=store.where, metrics_port=port, pid=os.getpid())
+        if device.type == "cpu" and not kernel.is_loaded():
+            log.warning(
+                "the losses' kernel was not compiled: learning is slower; install again where there is a C compiler"
+            )
         topic = KafkaSource(settings.kafka, stop)
         metrics.watch_broker(lambda: topic.broker_up)
         learner = Learner(settings, schema, device)

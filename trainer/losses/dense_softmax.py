@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.losses import kernel
+
 # Elements of one tile (rows x candidates). On a CPU a training step's rows are then one tile, whose few buffers stay in
 # the cache; a CUDA device needs large tiles to fill it, and at this size holds 64 MiB a buffer.
 CPU_TILE_ELEMENTS = 1 << 16
@@ -108,7 +110,9 @@ def _moments_1d(
     mirror = exact.to(pred.dtype)
     columns = nearest.to(pred.dtype), mirror, (exact - mirror).to(pred.dtype)
     rows = tile_rows(labels)
-    if len(pred) <= rows:
+    if peak_is_zero and log_weights is None and kernel.takes(*columns, labels):
+        parts = kernel.shifted_rows(*columns, labels, -0.5 * LOG2_E / float(variance))
+    elif len(pred) <= rows:
         parts = _tile_1d(*columns, labels, log_weights, variance, peak_is_zero, with_excess)
     else:
         tiles = [

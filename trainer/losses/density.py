@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trainer.losses import kernel
 from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
 from trainer.losses.mixture_softmax import mixture_moments
 from trainer.losses.rows import Reduction, finite_rows, reduce_rows
@@ -151,6 +152,16 @@ def _density_loss(
 ) -> Tensor:
     """Mask what is not finite, and reduce the losses of the rows; without candidates they are likelihoods."""
     labels, log_weights = (None, None) if candidates is None else candidates
+    average = reduction == "mean"
+    scale, factors = (None if t is None else t.detach().to(target.dtype) for t in (row_scale, weights))
+    if log_weights is None and kernel.takes(*mixture, target) and mixture.means.shape[1] <= kernel.MOST_COMPONENTS:
+        scales = None if scale is None else scale.expand_as(target)
+        share = 1 / len(target) if average else 1.0
+        known = kernel.mixture_rows(*mixture, target, labels, scales, factors, location_weight, share)
+        if known is not None:
+            rows, *gradients = known
+            loss: Tensor = _KnownGradients.apply(*mixture, rows.mean() if average else rows, gradients)  # type: ignore[no-untyped-call]
+            return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
     keep = None
     # Only a CPU may look at the numbers, and then spares the common case all masking.
     clean = target.device.type == "cpu"
@@ -165,11 +176,11 @@ def _density_loss(
             labels, log_weights = mask_candidates(labels, log_weights)
         mixture = Mixture(*(torch.where(keep if part.dim() == 1 else keep[:, None], part, 0) for part in mixture))
         target = torch.where(keep, target, 0)
-    scale = mixture.spread() if row_scale is None else row_scale.detach()
-    if weights is not None:
-        scale = scale * (weights.detach() if keep is None else torch.where(keep, weights.detach(), 0))
-    average = keep is None and reduction == "mean"
-    loss: Tensor = _DensityLoss.apply(*mixture, target, labels, log_weights, scale, location_weight, average)  # type: ignore[no-untyped-call]
+    scale = mixture.spread() if scale is None else scale
+    if factors is not None:
+        scale = scale * (factors if keep is None else torch.where(keep, factors, 0))
+    average = average and keep is None
+    loss = _DensityLoss.apply(*mixture, target, labels, log_weights, scale, location_weight, average)  # type: ignore[no-untyped-call]
     if keep is not None:
         return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
     return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
@@ -181,6 +192,30 @@ def _is_finite(mixture: Mixture, labels: Tensor) -> bool:
         # A product is not finite if a factor is not, even beside 0: one sum for three matrices.
         components = torch.addcmul(mixture.log_weights, mixture.means, mixture.log_scales).sum()
         return math.isfinite(float(components) + float(mixture.location.sum()) + float(labels.sum()))
+
+
+class _KnownGradients(torch.autograd.Function):
+    """Losses computed beforehand, (B,) or 0-dim, with their gradients by the four parts of a mixture."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_weights: Tensor,
+        means: Tensor,
+        log_scales: Tensor,
+        location: Tensor,
+        loss: Tensor,
+        gradients: list[Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *by_components, by_location = ctx.saved_tensors
+        column = grad[:, None] if grad.dim() else grad
+        return (*(column * part for part in by_components), grad * by_location, None, None)
 
 
 class _DensityLoss(torch.autograd.Function):

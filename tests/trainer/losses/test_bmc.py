@@ -11,6 +11,8 @@ from trainer.losses import BMCLoss, bmc_loss, finite_rows
 from trainer.losses import bmc as bmc_module
 from trainer.losses import candidates as candidates_module
 
+pytestmark = pytest.mark.usefixtures("_both_ways")
+
 LABELS = ("normal", "lognormal", "uniform", "ties", "duplicates", "offset", "two_clusters")
 
 

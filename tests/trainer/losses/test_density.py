@@ -8,6 +8,8 @@ from torch import Tensor
 from tests.trainer.losses.reference import relative_error
 from trainer.losses import Mixture, bmc_loss, density_bmc_loss, density_nll_loss, mixture_log_density
 
+pytestmark = pytest.mark.usefixtures("_both_ways")
+
 
 def make_head(rows: int, components: int, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)

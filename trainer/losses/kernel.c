@@ -1,0 +1,239 @@
+/* The softmax over candidate labels on a CPU, in one pass over them: what `mixture_softmax`, `density` and
+ * `dense_softmax` compute with torch in a dozen passes. `kernel.py` loads it; without it torch does the same.
+ *
+ * All arrays are float32 and contiguous. Every function is compiled for several instruction sets, and its name ends in
+ * the one it needs; `omp simd` lets the compiler sum in lanes, in an order that is fixed when it compiles. Nothing here
+ * allocates, keeps state or looks at the clock.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#define LOG2_E 1.44269504088896341f
+#define LN_2 0.693147180559945309
+#define LOG_SQRT_2_PI 0.918938533204672742f
+#define LOWEST_MIXTURE_POWER (-120.0f) /* terms below 2^-120 of a peak count as that: less would be subnormal, and slow */
+#define LOWEST_MIXTURE_SUM 0x1p-50f    /* sums below this may be made of such terms */
+#define LOWEST_POWER (-60.0f * LOG2_E)
+#define MOST_COMPONENTS 64
+#define BLOCK 2048 /* candidates summed in float32 lanes before they join a sum in float64 */
+
+/* 2^x for -126 < x < 127, relative error 1e-7: 2^round(x) by its exponent bits, the rest by a polynomial. */
+INLINE float power_of_two(float x) {
+  const float shifter = 12582912.0f; /* 1.5 x 2^23: adding it leaves round(x) in the lowest bits */
+  float shifted = x + shifter;
+  float rest = x - (shifted - shifter);
+  float value = 1.54614447e-4f;
+  value = value * rest + 1.34004282e-3f;
+  value = value * rest + 9.61805668e-3f;
+  value = value * rest + 5.55032723e-2f;
+  value = value * rest + 2.40226509e-1f;
+  value = value * rest + 6.93147207e-1f;
+  value = value * rest + 1.0f;
+  int32_t exponent, bits;
+  memcpy(&exponent, &shifted, sizeof exponent);
+  memcpy(&bits, &value, sizeof bits);
+  bits += (int32_t)((uint32_t)exponent << 23);
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+typedef struct {
+  double zeroth, first, second;
+} Moments;
+
+/* Sums over candidates y of w, w d and w d^2, where d = y - mean and w = 2^(factor d^2 + shift). */
+INLINE Moments gaussian_sums(const float *labels, int64_t count, float mean, float factor, float shift) {
+  Moments sums = {0, 0, 0};
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const float *block = labels + start;
+    int64_t length = count - start < BLOCK ? count - start : BLOCK;
+    float zeroth = 0, first = 0, second = 0;
+#pragma omp simd reduction(+ : zeroth, first, second)
+    for (int64_t j = 0; j < length; j++) {
+      float distance = block[j] - mean;
+      float power = distance * distance * factor + shift;
+      float weight = power_of_two(power < LOWEST_MIXTURE_POWER ? LOWEST_MIXTURE_POWER : power);
+      zeroth += weight;
+      weight *= distance;
+      first += weight;
+      second += weight * distance;
+    }
+    sums.zeroth += zeroth;
+    sums.first += first;
+    sums.second += second;
+  }
+  return sums;
+}
+
+/* The least |y - mean| of the candidates. */
+INLINE float nearest_distance(const float *labels, int64_t count, float mean) {
+  float least = INFINITY;
+#pragma omp simd reduction(min : least)
+  for (int64_t j = 0; j < count; j++) {
+    float distance = fabsf(labels[j] - mean);
+    least = distance < least ? distance : least;
+  }
+  return least;
+}
+
+/* `density.py`'s losses of rows and their gradients. Without labels the loss is the likelihood.
+ *
+ * scales and weights may be NULL: for the mixture's own standard deviation, and for 1. `share` multiplies the
+ * gradients: 1 over the rows for those of the mean. Returns 1, or 0 if any number came out not finite; the outputs are
+ * then not to be used. */
+INLINE int mixture_rows(int64_t rows, int64_t components, int64_t candidates, const float *log_weights,
+                        const float *means, const float *log_scales, const float *location, const float *target,
+                        const float *labels, const float *scales, const float *weights, float location_weight,
+                        float share, float *loss, float *by_log_weights, float *by_means, float *by_log_scales,
+                        float *by_location) {
+  float base[MOST_COMPONENTS], precision[MOST_COMPONENTS], own[MOST_COMPONENTS];
+  Moments sums[MOST_COMPONENTS];
+  int finite = 1;
+  for (int64_t i = 0; i < rows; i++) {
+    const float *log_weight = log_weights + i * components, *mean = means + i * components;
+    const float *log_scale = log_scales + i * components;
+    float peak = -INFINITY, own_peak = -INFINITY, mixed = 0;
+    for (int64_t k = 0; k < components; k++) {
+      float distance = target[i] - mean[k];
+      precision[k] = expf(-2 * log_scale[k]);
+      base[k] = log_weight[k] - log_scale[k];
+      own[k] = base[k] - 0.5f * distance * distance * precision[k];
+      peak = base[k] > peak ? base[k] : peak;
+      own_peak = own[k] > own_peak ? own[k] : own_peak;
+    }
+    float own_total = 0;
+    for (int64_t k = 0; k < components; k++) {
+      own[k] = expf(own[k] - own_peak);
+      own_total += own[k];
+    }
+    float scale;
+    if (scales) {
+      scale = scales[i];
+    } else {
+      float weight[MOST_COMPONENTS], variance = 0;
+      for (int64_t k = 0; k < components; k++) {
+        weight[k] = expf(log_weight[k]);
+        mixed += weight[k] * mean[k];
+      }
+      for (int64_t k = 0; k < components; k++) {
+        float gap = mean[k] - mixed;
+        variance += weight[k] * (1 / precision[k] + gap * gap);
+      }
+      scale = sqrtf(variance);
+    }
+    scale *= weights ? weights[i] : 1.0f;
+
+    double log_sum = LOG_SQRT_2_PI, total = 1;
+    for (int64_t k = 0; k < components; k++) sums[k] = (Moments){0, 0, 0};
+    if (labels) {
+      /* Each component relative to its own peak, which needs no look for the largest exponent. */
+      total = 0;
+      for (int64_t k = 0; k < components; k++) {
+        double height = expf(base[k] - peak);
+        sums[k] = gaussian_sums(labels, candidates, mean[k], -0.5f * LOG2_E * precision[k], 0);
+        sums[k].zeroth *= height, sums[k].first *= height, sums[k].second *= height;
+        total += sums[k].zeroth;
+      }
+      double highest = 0;
+      if (!(total > LOWEST_MIXTURE_SUM)) {
+        /* All labels are many scales away: the exponents relative to the largest of them. */
+        highest = -INFINITY;
+        for (int64_t k = 0; k < components; k++) {
+          double nearest = nearest_distance(labels, candidates, mean[k]);
+          double power = LOG2_E * (base[k] - peak - 0.5 * precision[k] * nearest * nearest);
+          highest = power > highest ? power : highest;
+        }
+        total = 0;
+        for (int64_t k = 0; k < components; k++) {
+          float shift = (float)(LOG2_E * (double)(base[k] - peak) - highest);
+          sums[k] = gaussian_sums(labels, candidates, mean[k], -0.5f * LOG2_E * precision[k], shift);
+          total += sums[k].zeroth;
+        }
+      }
+      log_sum = log(total) + LN_2 * highest + peak;
+    }
+
+    float factor = scale * share, row_finite = 0;
+    for (int64_t k = 0; k < components; k++) {
+      float distance = target[i] - mean[k], own_share = own[k] / own_total;
+      float zeroth = (float)(sums[k].zeroth / total) - own_share;
+      float first = (float)(sums[k].first / total) - own_share * distance;
+      float second = (float)(sums[k].second / total) - own_share * distance * distance;
+      by_log_weights[i * components + k] = factor * zeroth;
+      by_means[i * components + k] = factor * (first * precision[k]);
+      by_log_scales[i * components + k] = factor * (second * precision[k] - zeroth);
+      row_finite += factor * (zeroth + first * precision[k] + second * precision[k]);
+    }
+    float error = location[i] - target[i];
+    by_location[i] = 2 * location_weight * share * error;
+    loss[i] = scale * (float)(log_sum - log(own_total) - own_peak) + location_weight * error * error;
+    finite &= isfinite(row_finite + loss[i] + by_location[i]) != 0;
+  }
+  return finite;
+}
+
+/* `dense_softmax.py`'s moments of labels in one dimension: log of the sum of exp(-q / 2 v), the means of t and of q.
+ *
+ * power is -log2(e) / 2 v; mirror + rest is r - 2 p. */
+INLINE void shifted_rows(int64_t rows, int64_t candidates, const float *reference, const float *mirror,
+                         const float *rest, const float *labels, float power, float *log_sum, float *mean_shift,
+                         float *mean_excess) {
+  for (int64_t i = 0; i < rows; i++) {
+    float r = reference[i], m = mirror[i], s = rest[i];
+    double total = 0, shifts = 0, excesses = 0;
+    for (int64_t start = 0; start < candidates; start += BLOCK) {
+      const float *block = labels + start;
+      int64_t length = candidates - start < BLOCK ? candidates - start : BLOCK;
+      float zeroth = 0, first = 0, second = 0;
+#pragma omp simd reduction(+ : zeroth, first, second)
+      for (int64_t j = 0; j < length; j++) {
+        float shift = block[j] - r;
+        float excess = ((block[j] + m) + s) * shift;
+        float exponent = excess * power;
+        float weight = power_of_two(exponent < LOWEST_POWER ? LOWEST_POWER : exponent);
+        zeroth += weight;
+        first += weight * shift;
+        second += weight * excess;
+      }
+      total += zeroth;
+      shifts += first;
+      excesses += second;
+    }
+    log_sum[i] = (float)log(total);
+    mean_shift[i] = (float)(shifts / total);
+    mean_excess[i] = (float)(excesses / total);
+  }
+}
+
+#define MIXTURE_ARGUMENTS                                                                                            \
+  int64_t rows, int64_t components, int64_t candidates, const float *log_weights, const float *means,               \
+      const float *log_scales, const float *location, const float *target, const float *labels, const float *scales, \
+      const float *weights, float location_weight, float share, float *loss, float *by_log_weights, float *by_means,  \
+      float *by_log_scales, float *by_location
+#define SHIFTED_ARGUMENTS                                                                                    \
+  int64_t rows, int64_t candidates, const float *reference, const float *mirror, const float *rest,         \
+      const float *labels, float power, float *log_sum, float *mean_shift, float *mean_excess
+#define FOR(NAME, TARGET)                                                                                            \
+  TARGET int mixture_rows_##NAME(MIXTURE_ARGUMENTS) {                                                               \
+    return mixture_rows(rows, components, candidates, log_weights, means, log_scales, location, target, labels,      \
+                        scales, weights, location_weight, share, loss, by_log_weights, by_means, by_log_scales,      \
+                        by_location);                                                                                \
+  }                                                                                                                  \
+  TARGET void shifted_rows_##NAME(SHIFTED_ARGUMENTS) {                                                               \
+    shifted_rows(rows, candidates, reference, mirror, rest, labels, power, log_sum, mean_shift, mean_excess);        \
+  }
+
+/* The names are torch's for what a CPU can do. */
+FOR(default, )
+#ifdef __x86_64__
+FOR(avx2, __attribute__((target("arch=x86-64-v3"))))
+#ifdef __clang__
+FOR(avx512, __attribute__((target("arch=x86-64-v4"))))
+#else
+FOR(avx512, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
+#endif
+#endif
