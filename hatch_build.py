@@ -1,42 +1,52 @@
 """Compiles the losses' kernel with the C compiler of the machine, for wheels and for editable installs alike.
 
-Without a compiler, or where it fails, the package is pure Python and the losses do the same with torch, several times
-slower; `TAILSTREAM_KERNEL=require` makes that an error. `CC` names another compiler.
+One library for each instruction set; `trainer.losses.kernel` takes the one that the machine it runs on can use. Without
+a compiler, or where it fails, the package is pure Python and the losses do the same with torch, several times slower;
+`TAILSTREAM_KERNEL=require` makes that an error. `CC` names another compiler.
 """
 
 import os
+import platform
 import shlex
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = Path("trainer/losses/kernel.c")
-# No option that lets a compiler reorder or assume what the source does not say (-ffast-math, -march=native).
+# No option that lets a compiler reorder or assume what the source does not say: -ffast-math, -march=native.
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+# By torch's names for what a CPU can do.
+INSTRUCTIONS = {"default": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTIONS |= {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 
 
 class KernelBuildHook(BuildHookInterface[Any]):
-    """Puts `kernel.PLATFORM.so` beside its source, and into the wheel."""
+    """Puts `kernel.PLATFORM.INSTRUCTIONS.so` beside the source, and into the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; a failure leaves no library, rather than an old one."""
-        platform = sysconfig.get_platform()
+        target = sysconfig.get_platform()
         source = Path(self.root) / SOURCE
-        library = source.with_name(f"kernel.{platform}.so")
-        fresh = library.with_suffix(f".{os.getpid()}")
         compiler = shlex.split(os.environ.get("CC", "cc"))
+        for old in source.parent.glob(f"kernel.{target}.*.so"):
+            old.unlink()  # programs that run with it keep it
         try:
-            subprocess.run([*compiler, *FLAGS, str(source), "-o", str(fresh), "-lm"], check=True)
+            with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+                for name, options in INSTRUCTIONS.items():
+                    library = Path(folder) / f"kernel.{target}.{name}.so"
+                    subprocess.run([*compiler, *FLAGS, *options, str(source), "-o", str(library), "-lm"], check=True)
+                for library in sorted(Path(folder).iterdir()):
+                    library.rename(source.with_name(library.name))
         except (OSError, subprocess.CalledProcessError) as error:
-            library.unlink(missing_ok=True)
             if os.environ.get("TAILSTREAM_KERNEL") == "require":
                 raise
             self.app.display_warning(f"{SOURCE} was not compiled ({error}): the losses will do without, slower")
             return
-        fresh.replace(library)  # programs that run with the old one keep it
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{platform.replace('-', '_').replace('.', '_')}"
-        build_data["artifacts"].append(f"{SOURCE.parent}/{library.name}")
+        build_data["tag"] = f"py3-none-{target.replace('-', '_').replace('.', '_')}"
+        build_data["artifacts"].append(f"{SOURCE.parent}/kernel.{target}.*.so")

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from trainer.losses import Mixture, NoiseSigma
+from trainer.losses import Mixture, NoiseSigma, mixture_of_outputs
 
 WEIGHT_INIT: Final = 0.02  # standard deviation of a head's first weights: it begins near the running mean
 SCALE_BOUNDS: Final = (0.02, 1.5)  # of a component, label standard deviations
@@ -96,9 +96,7 @@ class MixtureHead(nn.Module):
 
     def forward(self, features: Tensor) -> Mixture:
         """Features (B, H) -> a mixture of K Gaussians a row."""
-        logits, offsets, log_scales, location = self.linear(features).split([*[self.components] * 3, 1], dim=1)
-        bounds = [math.log(bound) for bound in SCALE_BOUNDS]
-        return Mixture(logits.log_softmax(1), location + offsets, log_scales.clamp(*bounds), location.squeeze(1))
+        return mixture_of_outputs(self.linear(features), self.components, SCALE_BOUNDS)
 
     def sigma(self) -> Tensor:
         """Running mean of the mixtures' standard deviations, 0-dim, label standard deviations."""

@@ -12,12 +12,13 @@ from trainer.losses.classification import (
     focal_loss,
     logit_adjusted_loss,
 )
-from trainer.losses.density import Mixture, density_bmc_loss, density_nll_loss, mixture_log_density
+from trainer.losses.density import density_bmc_loss, density_nll_loss
 from trainer.losses.gai import gai_loss
 from trainer.losses.influence_balanced import IBLoss, StreamIBLoss, influence_balanced_loss
 from trainer.losses.inverse_density import InverseDensityWeights
 from trainer.losses.label_histogram import LabelHistogram
 from trainer.losses.label_mixture import LabelMixture
+from trainer.losses.mixture import Mixture, mixture_log_density, mixture_of_outputs
 from trainer.losses.noise import NoiseSigma
 from trainer.losses.plain import huber_loss, l1_loss, mse_loss
 from trainer.losses.registry import LOSSES, LossEntry, loss_named
@@ -52,5 +53,6 @@ __all__ = [
     "logit_adjusted_loss",
     "loss_named",
     "mixture_log_density",
+    "mixture_of_outputs",
     "mse_loss",
 ]

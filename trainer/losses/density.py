@@ -15,7 +15,7 @@ tile, and the backward holds three matrices (B, K).
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,42 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from trainer.losses import kernel
 from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
+from trainer.losses.mixture import LOG_SQRT_2_PI, Mixture
 from trainer.losses.mixture_softmax import mixture_moments
 from trainer.losses.rows import Reduction, finite_rows, reduce_rows
 
-LOG_SQRT_2_PI = 0.5 * math.log(2 * math.pi)
 LOCATION_WEIGHT = 2.0  # without the squared term a mixture explains the marginal before it learns the location
-
-
-class Mixture(NamedTuple):
-    """K Gaussians a row, in label standard deviations.
-
-    Attributes:
-        log_weights: (B, K) log pi, normalised over K.
-        means: (B, K).
-        log_scales: (B, K) log of the standard deviations.
-        location: (B,) what the means are offsets from.
-    """
-
-    log_weights: Tensor
-    means: Tensor
-    log_scales: Tensor
-    location: Tensor
-
-    def spread(self) -> Tensor:
-        """The mixture's own standard deviation (B,), without a gradient."""
-        with torch.no_grad():
-            weights = self.log_weights.exp()
-            mean = (weights * self.means).sum(1, keepdim=True)
-            gap = self.means - mean
-            return torch.addcmul((2 * self.log_scales).exp_(), gap, gap).mul_(weights).sum(1).sqrt_()
-
-
-def mixture_log_density(mixture: Mixture, labels: Tensor) -> Tensor:
-    """Log density log h(y_j | x_i) of labels (M,): (B, M); differentiated by autograd, in O(B M K) memory."""
-    z = (labels - mixture.means[:, :, None]) * torch.exp(-mixture.log_scales)[:, :, None]
-    constant = mixture.log_weights - mixture.log_scales - LOG_SQRT_2_PI
-    return torch.logsumexp(constant[:, :, None] - 0.5 * z.square(), 1)
 
 
 def density_bmc_loss(
@@ -159,8 +128,8 @@ def _density_loss(
         share = 1 / len(target) if average else 1.0
         known = kernel.mixture_rows(*mixture, target, labels, scales, factors, location_weight, share)
         if known is not None:
-            rows, *gradients = known
-            loss: Tensor = _KnownGradients.apply(*mixture, rows.mean() if average else rows, gradients)  # type: ignore[no-untyped-call]
+            rows, mean, *gradients = known
+            loss: Tensor = _KnownGradients.apply(*mixture, mean if average else rows, gradients)  # type: ignore[no-untyped-call]
             return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
     keep = None
     # Only a CPU may look at the numbers, and then spares the common case all masking.

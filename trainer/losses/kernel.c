@@ -1,16 +1,14 @@
 /* The softmax over candidate labels on a CPU, in one pass over them: what `mixture_softmax`, `density` and
  * `dense_softmax` compute with torch in a dozen passes. `kernel.py` loads it; without it torch does the same.
  *
- * All arrays are float32 and contiguous. Every function is compiled for several instruction sets, and its name ends in
- * the one it needs; `omp simd` lets the compiler sum in lanes, in an order that is fixed when it compiles. Nothing here
- * allocates, keeps state or looks at the clock.
+ * All arrays are float32 and contiguous. `hatch_build.py` makes a library of this file for each of several instruction
+ * sets; `omp simd` lets the compiler sum in lanes, in an order that is fixed when it compiles. Nothing here allocates,
+ * keeps state or looks at the clock.
  */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-
-#define INLINE static inline __attribute__((always_inline))
 
 #define LOG2_E 1.44269504088896341f
 #define LN_2 0.693147180559945309
@@ -22,7 +20,7 @@
 #define BLOCK 2048 /* candidates summed in float32 lanes before they join a sum in float64 */
 
 /* 2^x for -126 < x < 127, relative error 1e-7: 2^round(x) by its exponent bits, the rest by a polynomial. */
-INLINE float power_of_two(float x) {
+static inline float power_of_two(float x) {
   const float shifter = 12582912.0f; /* 1.5 x 2^23: adding it leaves round(x) in the lowest bits */
   float shifted = x + shifter;
   float rest = x - (shifted - shifter);
@@ -46,7 +44,7 @@ typedef struct {
 } Moments;
 
 /* Sums over candidates y of w, w d and w d^2, where d = y - mean and w = 2^(factor d^2 + shift). */
-INLINE Moments gaussian_sums(const float *labels, int64_t count, float mean, float factor, float shift) {
+static inline Moments gaussian_sums(const float *labels, int64_t count, float mean, float factor, float shift) {
   Moments sums = {0, 0, 0};
   for (int64_t start = 0; start < count; start += BLOCK) {
     const float *block = labels + start;
@@ -70,7 +68,7 @@ INLINE Moments gaussian_sums(const float *labels, int64_t count, float mean, flo
 }
 
 /* The least |y - mean| of the candidates. */
-INLINE float nearest_distance(const float *labels, int64_t count, float mean) {
+static inline float nearest_distance(const float *labels, int64_t count, float mean) {
   float least = INFINITY;
 #pragma omp simd reduction(min : least)
   for (int64_t j = 0; j < count; j++) {
@@ -85,11 +83,11 @@ INLINE float nearest_distance(const float *labels, int64_t count, float mean) {
  * scales and weights may be NULL: for the mixture's own standard deviation, and for 1. `share` multiplies the
  * gradients: 1 over the rows for those of the mean. Returns 1, or 0 if any number came out not finite; the outputs are
  * then not to be used. */
-INLINE int mixture_rows(int64_t rows, int64_t components, int64_t candidates, const float *log_weights,
-                        const float *means, const float *log_scales, const float *location, const float *target,
-                        const float *labels, const float *scales, const float *weights, float location_weight,
-                        float share, float *loss, float *by_log_weights, float *by_means, float *by_log_scales,
-                        float *by_location) {
+int mixture_rows(int64_t rows, int64_t components, int64_t candidates, const float *log_weights, const float *means,
+                 const float *log_scales, const float *location, const float *target, const float *labels,
+                 const float *scales, const float *weights, float location_weight, float share, float *loss,
+                 float *mean_loss, float *by_log_weights, float *by_means, float *by_log_scales, float *by_location) {
+  double loss_sum = 0;
   float base[MOST_COMPONENTS], precision[MOST_COMPONENTS], own[MOST_COMPONENTS];
   Moments sums[MOST_COMPONENTS];
   int finite = 1;
@@ -171,17 +169,18 @@ INLINE int mixture_rows(int64_t rows, int64_t components, int64_t candidates, co
     float error = location[i] - target[i];
     by_location[i] = 2 * location_weight * share * error;
     loss[i] = scale * (float)(log_sum - log(own_total) - own_peak) + location_weight * error * error;
+    loss_sum += loss[i];
     finite &= isfinite(row_finite + loss[i] + by_location[i]) != 0;
   }
+  *mean_loss = (float)(loss_sum / (double)rows);
   return finite;
 }
 
 /* `dense_softmax.py`'s moments of labels in one dimension: log of the sum of exp(-q / 2 v), the means of t and of q.
  *
  * power is -log2(e) / 2 v; mirror + rest is r - 2 p. */
-INLINE void shifted_rows(int64_t rows, int64_t candidates, const float *reference, const float *mirror,
-                         const float *rest, const float *labels, float power, float *log_sum, float *mean_shift,
-                         float *mean_excess) {
+void shifted_rows(int64_t rows, int64_t candidates, const float *reference, const float *mirror, const float *rest,
+                  const float *labels, float power, float *log_sum, float *mean_shift, float *mean_excess) {
   for (int64_t i = 0; i < rows; i++) {
     float r = reference[i], m = mirror[i], s = rest[i];
     double total = 0, shifts = 0, excesses = 0;
@@ -209,31 +208,43 @@ INLINE void shifted_rows(int64_t rows, int64_t candidates, const float *referenc
   }
 }
 
-#define MIXTURE_ARGUMENTS                                                                                            \
-  int64_t rows, int64_t components, int64_t candidates, const float *log_weights, const float *means,               \
-      const float *log_scales, const float *location, const float *target, const float *labels, const float *scales, \
-      const float *weights, float location_weight, float share, float *loss, float *by_log_weights, float *by_means,  \
-      float *by_log_scales, float *by_location
-#define SHIFTED_ARGUMENTS                                                                                    \
-  int64_t rows, int64_t candidates, const float *reference, const float *mirror, const float *rest,         \
-      const float *labels, float power, float *log_sum, float *mean_shift, float *mean_excess
-#define FOR(NAME, TARGET)                                                                                            \
-  TARGET int mixture_rows_##NAME(MIXTURE_ARGUMENTS) {                                                               \
-    return mixture_rows(rows, components, candidates, log_weights, means, log_scales, location, target, labels,      \
-                        scales, weights, location_weight, share, loss, by_log_weights, by_means, by_log_scales,      \
-                        by_location);                                                                                \
-  }                                                                                                                  \
-  TARGET void shifted_rows_##NAME(SHIFTED_ARGUMENTS) {                                                               \
-    shifted_rows(rows, candidates, reference, mirror, rest, labels, power, log_sum, mean_shift, mean_excess);        \
+/* `mixture.py`'s parts of a mixture from a layer's outputs (3 K + 1 a row), all of them contiguous. */
+void mixture_parts(int64_t rows, int64_t components, const float *outputs, float low, float high, float *log_weights,
+                   float *means, float *log_scales, float *location) {
+  for (int64_t i = 0; i < rows; i++) {
+    const float *logits = outputs + i * (3 * components + 1), *offsets = logits + components;
+    const float *scales = offsets + components;
+    float peak = -INFINITY, total = 0;
+    location[i] = scales[components];
+    for (int64_t k = 0; k < components; k++) peak = logits[k] > peak ? logits[k] : peak;
+    for (int64_t k = 0; k < components; k++) total += expf(logits[k] - peak);
+    float log_total = logf(total);
+    for (int64_t k = 0; k < components; k++) {
+      log_weights[i * components + k] = logits[k] - peak - log_total;
+      means[i * components + k] = location[i] + offsets[k];
+      log_scales[i * components + k] = scales[k] < low ? low : scales[k] > high ? high : scales[k];
+    }
   }
+}
 
-/* The names are torch's for what a CPU can do. */
-FOR(default, )
-#ifdef __x86_64__
-FOR(avx2, __attribute__((target("arch=x86-64-v3"))))
-#ifdef __clang__
-FOR(avx512, __attribute__((target("arch=x86-64-v4"))))
-#else
-FOR(avx512, __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))))
-#endif
-#endif
+/* Gradients by the outputs from those by the parts. */
+void mixture_outputs(int64_t rows, int64_t components, const float *outputs, float low, float high,
+                     const float *log_weights, const float *by_log_weights, const float *by_means,
+                     const float *by_log_scales, const float *by_location, float *by_outputs) {
+  for (int64_t i = 0; i < rows; i++) {
+    const float *scales = outputs + i * (3 * components + 1) + 2 * components;
+    float *by_logits = by_outputs + i * (3 * components + 1), *by_offsets = by_logits + components;
+    float *by_scales = by_offsets + components;
+    float by_weights = 0, by_all_means = 0;
+    for (int64_t k = 0; k < components; k++) {
+      by_weights += by_log_weights[i * components + k];
+      by_all_means += by_means[i * components + k];
+    }
+    for (int64_t k = 0; k < components; k++) {
+      by_logits[k] = by_log_weights[i * components + k] - expf(log_weights[i * components + k]) * by_weights;
+      by_offsets[k] = by_means[i * components + k];
+      by_scales[k] = scales[k] >= low && scales[k] <= high ? by_log_scales[i * components + k] : 0;
+    }
+    by_scales[components] = by_location[i] + by_all_means;
+  }
+}

@@ -1,50 +1,51 @@
 """Loads `kernel.c`, which the build compiled beside it; where it did not, torch computes the same in more passes.
 
-What it returns depends on the machine, as torch's own results do: each function is there for several instruction sets,
-and the one that torch itself uses here is taken. So a run that is resumed on the same machine goes on bit for bit.
+Its rounding depends on the machine, as torch's does: there is a library for each of several instruction sets, and the
+one that torch itself uses is taken. So a run that is resumed on the same machine goes on bit for bit.
 """
 
 import ctypes
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 MOST_COMPONENTS = 64  # of `kernel.c`
-LIBRARY = Path(__file__).with_name(f"kernel.{sysconfig.get_platform()}.so")
-_INSTRUCTIONS = {"AVX512": "avx512", "AVX2": "avx2"}
 
+_INSTRUCTIONS = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
+LIBRARY = Path(__file__).with_name(f"kernel.{sysconfig.get_platform()}.{_INSTRUCTIONS}.so")
 _PLAIN = (Tensor, torch.nn.Parameter)  # tensors with memory of their own
 
-_pointer, _count, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
-
-def _function(name: str, returns: Any, arguments: list[Any]) -> Callable[..., Any] | None:
-    """A function of the library for the instruction set that torch uses, or None where there is no library."""
+def load(path: Path) -> ctypes.CDLL | None:
+    """The library at a path, or None if it is not there or not for this machine."""
     try:
-        library = ctypes.CDLL(str(LIBRARY))
-        function = library[f"{name}_{_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), 'default')}"]
-    except (OSError, AttributeError):
+        library = ctypes.CDLL(str(path))
+    except OSError:
         return None
-    function.restype, function.argtypes = returns, arguments
-    return function
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    library.mixture_rows.argtypes = [count] * 3 + [pointer] * 8 + [number] * 2 + [pointer] * 6
+    library.mixture_rows.restype = ctypes.c_int
+    library.mixture_parts.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 4
+    library.mixture_outputs.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 6
+    library.shifted_rows.argtypes = [count] * 2 + [pointer] * 4 + [number] + [pointer] * 3
+    for function in (library.mixture_parts, library.mixture_outputs, library.shifted_rows):
+        function.restype = None
+    return library
 
 
-_mixture_rows = _function("mixture_rows", ctypes.c_int, [_count] * 3 + [_pointer] * 8 + [_number] * 2 + [_pointer] * 5)
-_shifted_rows = _function("shifted_rows", None, [_count] * 2 + [_pointer] * 4 + [_number] + [_pointer] * 3)
+_library = load(LIBRARY)
 
 
 def is_loaded() -> bool:
     """Whether the compiled kernel is there."""
-    return _mixture_rows is not None
+    return _library is not None
 
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernel is there and computes with such tensors: of float32, on a CPU, and not being traced."""
-    if _mixture_rows is None or torch.compiler.is_compiling():
+    if _library is None or torch.compiler.is_compiling():
         return False
     return all(t.dtype == torch.float32 and t.is_cpu and type(t) in _PLAIN for t in tensors)
 
@@ -61,7 +62,7 @@ def mixture_rows(
     location_weight: float,
     share: float,
 ) -> tuple[Tensor, ...] | None:
-    """Losses (B,) of a mixture head and their gradients; see `trainer.losses.density`.
+    """Losses of a mixture head and their gradients; see `trainer.losses.density`.
 
     Args:
         log_weights: (B, K), K at most `MOST_COMPONENTS`.
@@ -76,13 +77,14 @@ def mixture_rows(
         share: Multiplies the gradients.
 
     Returns:
-        Losses (B,), and gradients by the first four arguments, in their shapes. None if any is not finite.
+        Losses (B,), their mean (0-dim), and gradients by the first four arguments, in their shapes. None if any of them
+        is not finite.
     """
-    assert _mixture_rows is not None
-    given = [None if t is None else t.detach().contiguous() for t in (target, labels, scales, weights)]
+    assert _library is not None
+    given = [None if t is None else t.contiguous() for t in (target, labels, scales, weights)]
     parts = [t.detach().contiguous() for t in (log_weights, means, log_scales, location)]
-    outputs = torch.empty_like(parts[3]), *(torch.empty_like(part) for part in parts)
-    finite = _mixture_rows(
+    outputs = torch.empty_like(parts[3]), parts[3].new_empty(()), *(torch.empty_like(part) for part in parts)
+    finite = _library.mixture_rows(
         *means.shape,
         0 if labels is None else len(labels),
         *(None if t is None else t.data_ptr() for t in (*parts, *given)),
@@ -91,6 +93,32 @@ def mixture_rows(
         *(t.data_ptr() for t in outputs),
     )
     return outputs if finite else None
+
+
+def mixture_parts(outputs: Tensor, components: int, low: float, high: float) -> tuple[Tensor, ...]:
+    """Log weights, means and log scales (B, K) and location (B,) from a layer's outputs; see `trainer.losses.mixture`.
+
+    Args:
+        outputs: (B, 3 K + 1), contiguous.
+        components: K.
+        low: Lowest log scale.
+        high: Highest log scale.
+    """
+    assert _library is not None
+    rows = len(outputs)
+    parts = *(outputs.new_empty(rows, components) for _ in range(3)), outputs.new_empty(rows)
+    _library.mixture_parts(rows, components, outputs.data_ptr(), low, high, *(part.data_ptr() for part in parts))
+    return parts
+
+
+def mixture_outputs(outputs: Tensor, log_weights: Tensor, low: float, high: float, *by_parts: Tensor) -> Tensor:
+    """Gradient by the outputs (B, 3 K + 1) from those by the four parts of `mixture_parts`."""
+    assert _library is not None
+    by_parts = tuple(part.contiguous() for part in by_parts)
+    by_outputs = torch.empty_like(outputs)
+    pointers = (t.data_ptr() for t in (log_weights, *by_parts, by_outputs))
+    _library.mixture_outputs(*log_weights.shape, outputs.data_ptr(), low, high, *pointers)
+    return by_outputs
 
 
 def shifted_rows(
@@ -105,8 +133,9 @@ def shifted_rows(
         labels: (M,) candidates.
         power: -log2(e) / 2 sigma^2.
     """
-    assert _shifted_rows is not None
+    assert _library is not None
     given = [t.contiguous() for t in (reference, mirror, mirror_rest, labels)]
     outputs = tuple(torch.empty_like(given[0]) for _ in range(3))
-    _shifted_rows(len(reference), len(labels), *(t.data_ptr() for t in given), power, *(t.data_ptr() for t in outputs))
+    pointers = [t.data_ptr() for t in (*given, *outputs)]
+    _library.shifted_rows(len(reference), len(labels), *pointers[:4], power, *pointers[4:])
     return outputs

@@ -1,7 +1,5 @@
 """The compiled kernel is there where it can be, is what its source says, and is left aside where it has no place."""
 
-import ctypes
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.losses import bmc_loss, kernel
+from trainer.losses import bmc_loss, density_bmc_loss, kernel, mixture_of_outputs
 
 SOURCE = Path(kernel.__file__).with_name("kernel.c")
 
@@ -29,25 +27,41 @@ def test_the_source_has_no_warnings(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not kernel.is_loaded(), reason="the kernel is not compiled here")
-def test_every_instruction_set_of_this_machine_gives_the_same_within_rounding() -> None:
-    library = ctypes.CDLL(str(kernel.LIBRARY))
-    flags = set(re.findall(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
-    names = ["default", *(["avx2"] if "avx2" in flags else []), *(["avx512"] if "avx512vl" in flags else [])]
+def test_every_instruction_set_gives_the_same_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     generator = torch.Generator().manual_seed(0)
-    reference, labels = torch.randn(2, 5000, generator=generator)
-    mirror, rest = -reference, torch.zeros(5000)
+    outputs, labels = torch.randn(64, 13, generator=generator), torch.randn(600, generator=generator)
     answers = []
-    for name in names:
-        outputs = torch.empty(3, 5000)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (reference, mirror, rest, labels)]
-        counts = [ctypes.c_int64(5000)] * 2
-        library[f"shifted_rows_{name}"](
-            *counts, *pointers, ctypes.c_float(-3.0), *(ctypes.c_void_p(o.data_ptr()) for o in outputs)
-        )
-        answers.append(outputs)
+    for name, flag in (("default", None), ("avx2", "avx2"), ("avx512", "avx512vl")):
+        if flag is None or flag in flags:
+            library = kernel.load(kernel.LIBRARY.with_suffix("").with_suffix(f".{name}.so"))
+            assert library is not None
+            monkeypatch.setattr(kernel, "_library", library)
+            mixture = mixture_of_outputs(outputs.requires_grad_(), 4, (0.02, 1.5))
+            loss = density_bmc_loss(mixture, labels[:64], memory=labels[64:], reduction="none")
+            single = bmc_loss(mixture.location, labels[:64], 0.3, memory=labels[64:], reduction="none")
+            answers.append([loss, single, *torch.autograd.grad((loss + single).sum(), outputs)])
     for other in answers[1:]:
-        torch.testing.assert_close(other, answers[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kernel.shifted_rows(reference, mirror, rest, labels, -3.0), tuple(answers[-1].unbind()))
+        for a, b in zip(other, answers[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grad", ["all", "location"])
+def test_a_mixture_and_its_gradient_are_those_of_torch(grad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = (3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    results = []
+    for by_torch in (True, False):
+        if by_torch:
+            monkeypatch.setattr(kernel, "_library", None)
+        mixture = mixture_of_outputs(outputs, 3, (0.1, 2.0))
+        parts = mixture if grad == "all" else (mixture.location,)
+        weights = [torch.linspace(-1, 2, part.numel()).view_as(part) for part in parts]
+        total = sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True))
+        results.append([*mixture, *torch.autograd.grad(total, outputs)])
+        monkeypatch.undo()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert float((outputs[:, 6:9] < -2.3).float().mean()) > 0.05  # some scales are clamped
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
