@@ -1,8 +1,8 @@
 """From a forward pass to what requests are told: the one place where serving depends on what a label is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -11,9 +11,14 @@ from trainer.class_model import ClassModel, build_class_model, load_classifier
 from trainer.class_predictive import ClassPriors, class_log_probabilities
 from trainer.config import Settings
 from trainer.label_density import LabelGrid
-from trainer.model import Model, build_model, learned_prior, load_inference
-from trainer.predictive import Components, LearnedPrior, Point, Predictive, cell_probabilities, predict
+from trainer.model import Model, build_model, frozen, learned_prior, load_inference
+from trainer.predictive import Components, LearnedPrior, Point, Predictive, TiltedGrid, cell_probabilities, predict
 from trainer.schema import FeatureSchema
+
+MOST_KEPT: Final = 64  # balances, and intervals at them, that are ready for the next request
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class Asked(NamedTuple):
@@ -56,21 +61,29 @@ class NumberAnswering:
     grid: LabelGrid
     calibration: LevelCalibration
     learned_prior: LearnedPrior
+    # Of the label, in its own units; and what requests that ask for the same need alike. None of it changes.
+    mean: Tensor
+    sd: Tensor
+    tilts: dict[float, TiltedGrid] = field(default_factory=dict)  # by balance
+    ends: dict[tuple[float, float], Tensor] = field(default_factory=dict)  # by interval and balance
 
     @classmethod
     def fresh(cls, schema: FeatureSchema, settings: Settings) -> Self:
         """Of a model that has learned nothing."""
         model = build_model(schema, settings.model, settings.learner)
-        return cls(model, LabelGrid.empty(), LevelCalibration(), learned_prior(settings.learner.loss))
+        prior = learned_prior(settings.learner.loss)
+        return cls(model, LabelGrid.empty(), LevelCalibration(), prior, model.labels.mean, model.labels.sd)
 
     def loaded(self, state: dict[str, Tensor]) -> Self:
         """With the state of a snapshot, which fills the model at hand."""
         grid = load_inference(state, self.model, self.calibration)
-        return type(self)(self.model.eval().requires_grad_(False), grid, self.calibration, self.learned_prior)
+        model = frozen(self.model)
+        return type(self)(model, grid, self.calibration, self.learned_prior, model.labels.mean, model.labels.sd)
 
     def outputs(self, numeric: Tensor, categorical: Tensor) -> Components:
         """The head's density for rows."""
-        return self.model.components(self.model(numeric, categorical))
+        mixture = self.model(numeric, categorical)
+        return Components(mixture.log_weights, mixture.means, mixture.log_scales.exp(), self.mean, self.sd)
 
     def select(self, outputs: Components, rows: Tensor) -> Components:
         """The density of some rows."""
@@ -84,14 +97,18 @@ class NumberAnswering:
 
     def answer(self, outputs: Components, rows: int, asked: Asked) -> Predictive:
         """Points and intervals of the first rows, label units."""
-        answer = predict(
-            outputs,
-            self.grid,
-            learned_prior=self.learned_prior,
-            balance=asked.balance,
-            point=asked.point,
-            interval=self._levels(asked),
-        )
+        if not len(self.grid):
+            answer = predict(
+                outputs,
+                self.grid,
+                learned_prior=self.learned_prior,
+                balance=asked.balance,
+                point=asked.point,
+                interval=asked.interval,
+            )
+        else:
+            ends = None if asked.interval is None else self._ends(asked.interval, asked.balance)
+            answer = self._tilted(asked.balance).predict(outputs, asked.point, ends)
         if answer.lower is None or answer.upper is None:
             return Predictive(answer.point[:rows])
         return Predictive(answer.point[:rows], answer.lower[:rows], answer.upper[:rows])
@@ -105,12 +122,27 @@ class NumberAnswering:
         """The probability of each cell of the grid: (B, G), rows summing to 1."""
         return cell_probabilities(outputs, self.grid, learned_prior=self.learned_prior, balance=balance)
 
-    def _levels(self, asked: Asked) -> tuple[float, float] | None:
-        """The levels of the ends of the interval asked for, as what happened on the stream has calibrated them."""
-        if asked.interval is None:
-            return None
-        lower, upper = self.calibration.ends(asked.interval, asked.balance).tolist()
-        return lower, upper
+    def _tilted(self, balance: float) -> TiltedGrid:
+        found = self.tilts.get(balance)
+        if found is None:
+            found = TiltedGrid.of(self.grid, self.mean, self.sd, self.learned_prior, balance)
+            _keep(self.tilts, balance, found)
+        return found
+
+    def _ends(self, interval: float, balance: float) -> Tensor:
+        """The levels of the ends of an interval, as what happened on the stream has calibrated them."""
+        found = self.ends.get((interval, balance))
+        if found is None:
+            found = self.calibration.ends(interval, balance).float()
+            _keep(self.ends, (interval, balance), found)
+        return found
+
+
+def _keep(known: dict[Key, Value], key: Key, value: Value) -> None:
+    """Keeps a value for requests that ask for the same; of many that all differ, not too many."""
+    if len(known) >= MOST_KEPT:
+        known.clear()
+    known[key] = value
 
 
 @dataclass(frozen=True)
@@ -129,7 +161,7 @@ class ClassAnswering:
     def loaded(self, state: dict[str, Tensor]) -> Self:
         """With the state of a snapshot, which fills the model at hand."""
         names, priors = load_classifier(state, self.model)
-        return type(self)(self.model.eval().requires_grad_(False), names, priors)
+        return type(self)(frozen(self.model), names, priors)
 
     def outputs(self, numeric: Tensor, categorical: Tensor) -> Tensor:
         """Logits (B, C)."""

@@ -37,6 +37,15 @@ class Bodies:
             if name == b"content-length" and int(value) > self._most_bytes:
                 raise self._too_large()
 
+    def check_size(self, body: bytes) -> None:
+        """Refuses a body that came in one piece.
+
+        Raises:
+            Problem: it is too large.
+        """
+        if len(body) > self._most_bytes:
+            raise self._too_large()
+
     async def read(self, receive: Receive) -> bytes | None:
         """The body, None if the client left before its end; stops at the limit, whatever a header said.
 
@@ -49,8 +58,7 @@ class Bodies:
                 message = await receive()
                 body: bytes = message.get("body", b"")
                 if not message.get("more_body"):
-                    if len(body) > self._most_bytes:
-                        raise self._too_large()
+                    self.check_size(body)
                     return None if message["type"] == "http.disconnect" else body
                 while True:
                     part: bytes = message.get("body", b"")

@@ -1,15 +1,37 @@
-"""A connection as uvicorn has it, with limits on what comes before a body: until then no code of ours is asked."""
+"""A connection as uvicorn has it, with limits on what comes before a body, and a short way for most predictions.
+
+Until a request's head is there no code of ours is asked, so what is too large or too slow must be refused here.
+
+A request for POST /predict that comes in one piece is answered without uvicorn's task, cycle and messages for it: they
+cost more than everything else about it. What comes in several pieces, names a version, or finds an answer still being
+written on its connection goes uvicorn's way, to the same endpoint; so does every other request.
+"""
 
 import asyncio
-from typing import Final
+import time
+from typing import TYPE_CHECKING, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import structlog
+from fastapi import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.problems import LARGE_HEAD, NOT_HTTP, SLOW_HEAD, Problem
+from service.problems import CLIENT_LEFT, LARGE_HEAD, NOT_HTTP, SLOW_HEAD, Problem, failure_response
 from service.security import SECURITY_HEADERS
+
+if TYPE_CHECKING:  # it imports torch, which a process that only watches workers does without
+    from service.predict import PredictEndpoint
+    from service.predictor import Answer
 
 LARGEST_HEAD: Final = 65_536  # bytes of a request's first line and headers
 SLOWEST_HEAD_S: Final = 10.0  # for them to arrive, and for a new connection to say anything
+ANSWER_HEAD: Final = b"".join(
+    [
+        STATUS_LINE[200],
+        *(b"%b: %b\r\n" % header for header in ((b"content-type", b"application/json"), *SECURITY_HEADERS)),
+    ]
+)
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class Connection(HttpToolsProtocol):
@@ -18,6 +40,8 @@ class Connection(HttpToolsProtocol):
     _in_head = False
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _whole: bytes | None = None  # the body of a prediction, as far as it has come; None for other requests
+    _answering: "_Answering | None" = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expects a request."""
@@ -33,10 +57,20 @@ class Connection(HttpToolsProtocol):
                 self._refuse(Problem(LARGE_HEAD, f"They may have {LARGEST_HEAD} bytes."))
             elif self._head_timer is None:
                 self._head_timer = self.loop.call_later(SLOWEST_HEAD_S, self._too_slow)
+        elif self._whole is not None:  # it does not come in one piece
+            body, self._whole = self._whole, None
+            if not self.transport.is_closing():
+                super().on_headers_complete()
+                super().on_body(body)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Waits for nothing any more."""
+        """Waits for nothing any more, and has nothing predicted."""
         self._head_came()
+        answering, self._answering = self._answering, None
+        if answering is not None:
+            answering.end()
+            self._endpoint.give_up(answering.answer)
+            self._endpoint.count(CLIENT_LEFT, time.perf_counter() - answering.begun_s)
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -47,11 +81,31 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Parser callback: a head has ended."""
         self._head_came()
-        super().on_headers_complete()
+        if self._is_plain_prediction():
+            self._whole = b""
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Parser callback: a part of a body."""
+        if self._whole is None:
+            super().on_body(body)
+        else:
+            self._whole += body
+
+    def on_message_complete(self) -> None:
+        """Parser callback: a request has ended."""
+        if self._whole is None:
+            super().on_message_complete()
+        else:
+            body, self._whole = self._whole, None
+            self._predict(body)
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP in the form of every other problem."""
         self._refuse(Problem(NOT_HTTP, msg))
+
+    # Heads
 
     def _head_came(self) -> None:
         self._in_head = False
@@ -69,13 +123,112 @@ class Connection(HttpToolsProtocol):
         self._head_came()
         if self.transport.is_closing():
             return
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.close()  # in the middle of an answer nothing else can be said
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self._write(problem.response(), closes=True)
+        self.transport.close()  # in the middle of an answer nothing else can be said
+
+    # Predictions
+
+    @property
+    def _endpoint(self) -> "PredictEndpoint":
+        endpoint: PredictEndpoint = self.config.app.predict  # type: ignore[union-attr]
+        return endpoint
+
+    def _is_plain_prediction(self) -> bool:
+        return (
+            self.url == self._endpoint.url
+            and self.parser.get_method() == b"POST"
+            and (self.cycle is None or self.cycle.response_complete)
+            and not self.expect_100_continue
+            and not self.flow.write_paused
+            and self.parser.get_http_version() == "1.1"
+            and self.parser.should_keep_alive()
+            and not self.parser.should_upgrade()
+        )
+
+    def _predict(self, body: bytes) -> None:
+        begun_s = time.perf_counter()
+        try:
+            answer = self._endpoint.begin(self.headers, body)
+        except Problem as problem:
+            self._say_no(problem, begun_s)
+        except Exception as error:
+            self._say_no(error, begun_s)
+        else:
+            self._answering = answering = _Answering(answer, begun_s)
+            self.cycle = answering  # type: ignore[assignment]  # so that what comes meanwhile waits its turn
+            answer.add_done_callback(self._predicted)
+            if self._endpoint.is_behind:
+                answering.timer = self.loop.call_later(self._endpoint.timeout_s, self._predicted_too_late)
+
+    def _predicted(self, answer: "asyncio.Future[Answer]") -> None:
+        answering = self._answering
+        if answering is None or answering.answer is not answer:
+            return  # it was given up
+        error = answer.exception()
+        if error is not None:
+            self._say_no(error, answering.begun_s)
             return
-        response = problem.response()
-        headers = dict([*response.raw_headers, *SECURITY_HEADERS, (b"connection", b"close")])
-        lines = [b"%b: %b\r\n" % header for header in headers.items()]
-        status = problem.kind.status
-        first = b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode())
-        self.transport.write(b"".join([first, *lines, b"\r\n", bytes(response.body)]))
-        self.transport.close()
+        if not self.transport.is_closing():
+            told = self._endpoint.told(answer.result())
+            close = b"" if answering.keep_alive else b"connection: close\r\n"
+            head = (ANSWER_HEAD, self._default_head(), close, len(told), told)
+            self.transport.write(b"%b%b%bcontent-length: %d\r\n\r\n%b" % head)
+        self._endpoint.count(200, time.perf_counter() - answering.begun_s)
+        self._next_request()
+
+    def _predicted_too_late(self) -> None:
+        answering, self._answering = self._answering, None
+        if answering is not None:
+            self._endpoint.give_up(answering.answer)
+            self._answering = answering
+            self._say_no(self._endpoint.too_slow(), answering.begun_s)
+
+    def _say_no(self, error: BaseException, begun_s: float) -> None:
+        if isinstance(error, Problem):
+            response = error.response()
+        else:
+            log.error("a prediction failed", exc_info=error)
+            response = failure_response()
+        if not self.transport.is_closing():
+            self._write(response)
+        self._endpoint.count(response.status_code, time.perf_counter() - begun_s)
+        self._next_request()
+
+    def _next_request(self) -> None:
+        answering, self._answering = self._answering, None
+        if answering is not None:
+            answering.end()
+            if not answering.keep_alive:  # the service stops
+                self.transport.close()
+        self.on_response_complete()
+
+    def _write(self, response: Response, *, closes: bool = False) -> None:
+        if closes:
+            response.headers["connection"] = "close"
+        headers = (b"%b: %b\r\n" % header for header in (*response.raw_headers, *SECURITY_HEADERS))
+        head = b"".join([STATUS_LINE[response.status_code], self._default_head(), *headers])
+        self.transport.write(b"%b\r\n%b" % (head, bytes(response.body)))
+
+    def _default_head(self) -> bytes:
+        return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+
+
+class _Answering:
+    """A prediction under way; stands where uvicorn has the cycle of a request, with what uvicorn asks of that."""
+
+    message_event = asyncio.Event()  # that nobody waits for
+    response_started = False
+    disconnected = False
+
+    def __init__(self, answer: "asyncio.Future[Answer]", begun_s: float) -> None:
+        self.answer = answer
+        self.begun_s = begun_s
+        self.timer: asyncio.TimerHandle | None = None
+        self.response_complete = False
+        self.keep_alive = True
+
+    def end(self) -> None:
+        self.response_complete = True
+        if self.timer is not None:
+            self.timer.cancel()

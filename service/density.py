@@ -8,9 +8,8 @@ from fastapi import APIRouter, Query, Request, Response
 
 from service.answers import Asked
 from service.body import Bodies
-from service.predict import CLIENT_LEFT
 from service.predictor import Question
-from service.problems import INVALID, NOT_READY, Problem, described
+from service.problems import CLIENT_LEFT, INVALID, NOT_READY, Problem, described
 from service.schemas import NARROWEST_INTERVAL, WIDEST_INTERVAL, DensityResponse
 from service.watcher import Watcher
 from trainer.config import Settings

@@ -20,6 +20,7 @@ from service.body import Bodies
 from service.metrics import ServiceMetrics
 from service.predictor import Answer, Predictor, Question
 from service.problems import (
+    CLIENT_LEFT,
     INVALID,
     NOT_READY,
     OVERLOADED,
@@ -35,7 +36,6 @@ from service.watcher import Watcher
 from trainer.config import ServiceSettings, Settings
 
 PATH: Final = "/predict"
-CLIENT_LEFT: Final = 499  # in the metrics alone: nobody is there to be answered
 INLINE_BYTES: Final = 1 << 19  # a longer body takes over 5 ms to decode, and is not decoded on the event loop
 _VERSION: Final = TypeAdapter[int](VersionNumber)
 _HEADERS: Final = [(b"content-type", b"application/json"), *SECURITY_HEADERS]
@@ -74,7 +74,13 @@ class PredictEndpoint:
         keys: who may ask; None for everybody.
         settings: how long a request may wait.
         metrics: counts requests and instances.
+
+    Attributes:
+        url: of requests that `begin` may be asked about.
+        timeout_s: longest time that an answer may take.
     """
+
+    url = PATH.encode()
 
     def __init__(
         self,
@@ -93,7 +99,7 @@ class PredictEndpoint:
         self._bodies = bodies
         self._decode = decode
         self._keys = keys
-        self._timeout_s = settings.request_timeout_s
+        self.timeout_s = settings.request_timeout_s
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
 
@@ -121,16 +127,58 @@ class PredictEndpoint:
             log.exception("a prediction failed")
             await _respond(failure_response(), scope, receive, send)
         finally:
-            self._metrics.observe(PATH, "POST", status, time.perf_counter() - start)
+            self.count(status, time.perf_counter() - start)
+
+    def begin(self, headers: list[tuple[bytes, bytes]], body: bytes) -> asyncio.Future[Answer]:
+        """The first half of what a call does, for a request that came whole and names no version: nothing is awaited.
+
+        Raises:
+            Problem: there will be no answer.
+        """
+        self._admit(headers)
+        self._check_ready()
+        self._batcher.check_room()
+        self._bodies.check(headers)
+        self._bodies.check_size(body)
+        return self._batcher.ask(self._decode(body))
+
+    def give_up(self, answer: asyncio.Future[Answer]) -> None:
+        """Nobody waits any more for an answer that `begin` gave."""
+        self._batcher.forget(answer)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether what has just begun may wait for long."""
+        return self._batcher.is_behind
+
+    def told(self, answer: Answer) -> bytes:
+        """An answer as it is sent; its instances are counted."""
+        self._metrics.predictions.inc(len(answer.predictions))
+        return msgspec.json.encode(answer)
+
+    def too_slow(self) -> Problem:
+        """What is said when the time is up."""
+        return Problem(OVERLOADED, f"There was no answer within {self.timeout_s:g} s; try again later.")
+
+    def count(self, status: int, seconds: float) -> None:
+        """Counts one request, with the time that it took."""
+        self._metrics.observe(PATH, "POST", status, seconds)
+
+    def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
+        if self._keys is not None:
+            self._metrics.count_key(self._keys.check(headers))
+
+    def _check_ready(self) -> None:
+        if self._watcher.predictor is None:
+            raise Problem(NOT_READY, f"There is no model yet: {self._watcher.trouble}.")
 
     async def _answer(self, scope: Scope, receive: Receive) -> bytes | None:
         """The answer's body; None if the client left."""
         headers = scope["headers"]
-        if self._keys is not None:
-            self._metrics.count_key(self._keys.check(headers))
+        self._admit(headers)
         version = _asked_version(scope["query_string"]) if scope["query_string"] else None
-        if version is None and self._watcher.predictor is None:
-            raise Problem(NOT_READY, f"There is no model yet: {self._watcher.trouble}.")
+        if version is None:
+            self._check_ready()
         self._batcher.check_room()
         self._bodies.check(headers)
         body = await self._bodies.read(receive)
@@ -139,10 +187,7 @@ class PredictEndpoint:
         question = await self._question(body)
         predictor = None if version is None else await self._predictor(version)
         answer = await self._ask(question, predictor, receive)
-        if answer is None:
-            return None
-        self._metrics.predictions.inc(question.rows)
-        return msgspec.json.encode(answer)
+        return None if answer is None else self.told(answer)
 
     async def _question(self, body: bytes) -> Question:
         if len(body) <= INLINE_BYTES:
@@ -162,7 +207,7 @@ class PredictEndpoint:
             return await answer
         left = asyncio.ensure_future(_left(receive))
         try:
-            await asyncio.wait((answer, left), timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((answer, left), timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             left.cancel()
             if not answer.done():
@@ -171,7 +216,7 @@ class PredictEndpoint:
             return answer.result()
         if left.done() and not left.cancelled():
             return None
-        raise Problem(OVERLOADED, f"There was no answer within {self._timeout_s:g} s; try again later.")
+        raise self.too_slow()
 
 
 async def _left(receive: Receive) -> None:

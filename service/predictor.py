@@ -1,7 +1,7 @@
 """A loaded snapshot that answers: immutable, so that swapping models is one assignment.
 
 An answer depends on nothing but the row, the snapshot and what is asked of it. Matrix kernels differ by size, and some
-vector kernels treat the rows at the end of a tensor differently; so every tensor on the way has a multiple of 64 rows.
+vector kernels treat the rows at the end of a tensor differently; so every tensor on the way has a multiple of 16 rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ from trainer.manifest import Manifest, check_fits
 from trainer.schema import Columns, FeatureSchema, Row
 from trainer.snapshot import Snapshot, SnapshotStore
 
-PASS_MULTIPLE: Final = 64
+PASS_MULTIPLE: Final = 16  # numbers in the widest vector register; kernels were seen to agree from multiples of 4
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -145,7 +145,7 @@ class Predictor:
         return self._answering.outputs(torch.from_numpy(numeric), torch.from_numpy(categorical))
 
     def _select(self, outputs: Any, places: Iterable[int]) -> tuple[Any, int]:
-        """Outputs of some rows, filled up to a multiple of 64 with those of row 0; and how many rows they are."""
+        """Outputs of some rows, filled up to a multiple of 16 with those of row 0; and how many rows they are."""
         chosen = np.fromiter(places, dtype=np.int64)
         index = torch.from_numpy(np.pad(chosen, (0, _padded(len(chosen)) - len(chosen))))
         return self._answering.select(outputs, index), len(chosen)

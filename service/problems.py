@@ -13,6 +13,7 @@ from service.security import SECURITY_HEADERS
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 1
+CLIENT_LEFT: Final = 499  # in the metrics alone: nobody is there to be answered
 
 
 class Kind(NamedTuple):

@@ -6,7 +6,7 @@ deviations from the running mean; outside, in the label's own units.
 
 import itertools
 import math
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +72,37 @@ class FeatureScaler(nn.Module):
         trained on so far: beyond it a network only extrapolates, and features that grow for ever (a year, a counter)
         would leave every range.
         """
-        sd = (self.squares / self.count.clamp(min=1)).sqrt()
-        scale = torch.where(sd <= SMALLEST_SD * self.mean.abs(), 1.0, sd)
         values = numeric.double()
         if not self.training:
             values = torch.minimum(torch.maximum(values, self.low), self.high)
-        values = ((values - self.mean) / scale).clamp(-TRAINING_REACH, TRAINING_REACH)
+        values = ((values - self.mean) / self.scale()).clamp(-TRAINING_REACH, TRAINING_REACH)
         missing = numeric.isnan()
         return torch.cat([torch.where(missing, 0.0, values), missing], dim=1).float()
+
+    def scale(self) -> Tensor:
+        """What each column is divided by, (F,): its standard deviation; 1 where it is constant."""
+        sd = (self.squares / self.count.clamp(min=1)).sqrt()
+        return torch.where(sd <= SMALLEST_SD * self.mean.abs(), 1.0, sd)
+
+
+class FrozenScaler(FeatureScaler):
+    """A scaler whose statistics do not move any more: the same at prediction, by fewer steps.
+
+    Args:
+        scaler: has the statistics.
+    """
+
+    def __init__(self, scaler: FeatureScaler) -> None:
+        super().__init__(len(scaler.mean))
+        self.load_state_dict(scaler.state_dict())
+        self.eval()
+        self._scale = scaler.scale()
+
+    def forward(self, numeric: Tensor) -> Tensor:
+        """Rows (B, F), NaN where missing -> (B, 2F), as the scaler that it was made of has them."""
+        values = numeric.double().clamp(self.low, self.high).sub_(self.mean).div_(self._scale)
+        values = values.clamp_(-TRAINING_REACH, TRAINING_REACH).nan_to_num_(0.0)
+        return torch.cat([values.float(), numeric.isnan().float()], dim=1)
 
 
 class LabelScaler(nn.Module):
@@ -211,6 +234,17 @@ def build_body(schema: FeatureSchema, model: ModelSettings) -> tuple[nn.Module, 
     tabular = model.body == "tabular"
     body = TabularBody(schema, model.hidden, model.embedding) if tabular else own_body(model.body, schema)
     return body, cast("int", body.out_features)
+
+
+ModelOfAnyTask = TypeVar("ModelOfAnyTask", bound=nn.Module)
+
+
+def frozen(model: ModelOfAnyTask) -> ModelOfAnyTask:
+    """The model, to answer with from now on: nothing of it is learned or observed any more."""
+    scaler = model.features
+    assert isinstance(scaler, FeatureScaler)
+    model.features = FrozenScaler(scaler)
+    return model.eval().requires_grad_(False)
 
 
 def inference_state(model: Model, grid: LabelGrid, calibration: LevelCalibration) -> dict[str, Tensor]:

@@ -111,9 +111,91 @@ def predict(
     _check_balance(balance)
     if not len(grid):
         return _head_alone(components, levels)
-    mass = _masses(components, grid, learned_prior, balance)
-    answer = _answer(mass, mass.cumsum(1), grid, mass.new_tensor(levels) if levels else None, point)
-    return _around_location(answer, components, grid) if learned_prior == "stream" and balance == 0 else answer
+    ends = components.means.new_tensor(levels) if levels else None
+    return TiltedGrid.of(grid, components.label_mean, components.label_sd, learned_prior, balance).predict(
+        components, point, ends
+    )
+
+
+@dataclass(frozen=True)
+class TiltedGrid:
+    """A grid as every answer at one balance needs it: what rows have in common, computed once for many of them.
+
+    Attributes:
+        grid: the label density; not empty.
+        learned_prior: what the head's loss makes it learn.
+        balance: label prior of the answers, in [0, 1].
+        edges: (G + 1,) float32 of the cells, label standard deviations from the label mean; so are the next two.
+        centres: (G,) float32 of the cells.
+        half_widths: (G,) float32 of the cells.
+        log_tilt: (G,) float32, log of what h(y|x) is multiplied with in each cell.
+    """
+
+    grid: LabelGrid
+    learned_prior: LearnedPrior
+    balance: float
+    edges: Tensor
+    centres: Tensor
+    half_widths: Tensor
+    log_tilt: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        grid: LabelGrid,
+        label_mean: Tensor | float,
+        label_sd: Tensor | float,
+        learned_prior: LearnedPrior,
+        balance: float,
+    ) -> Self:
+        """Tilt a grid for components of this label scaling."""
+        edges = ((grid.edges - label_mean) / label_sd).float()
+        centres, half_widths = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
+        log_tilt = _log_tilt(grid, learned_prior, balance)
+        return cls(grid, learned_prior, balance, edges, centres, half_widths, log_tilt)
+
+    @torch.no_grad()
+    def predict(self, components: Components, point: Point = "median", ends: Tensor | None = None) -> Predictive:
+        """Answer as the function of that name does; `ends` (2,) are the levels of an interval, never decreasing."""
+        mass = self.masses(components)
+        answer = _answer(mass, mass.cumsum(1), self.grid, ends, point)
+        stream = self.learned_prior == "stream" and self.balance == 0
+        return _around_location(answer, components, self.grid) if stream else answer
+
+    @torch.no_grad()
+    def masses(self, components: Components) -> Tensor:
+        """Return (B, G) float32, proportional to p_b(cell|x); every row has a finite, positive sum.
+
+        h is taken at the middle of a cell. That sum is exact to .1% as long as cells are narrower than two standard
+        deviations of a component; a narrower component is widened to half a cell, or it could fall in between.
+        """
+        means = components.means.float().contiguous()
+        cells = torch.bucketize(means, self.edges[1:-1])
+        scales = torch.maximum(components.scales.float(), self.half_widths[cells])
+        log_heights = components.log_weights.float() - scales.log()
+        # What is largest at the means is nearly always largest of all: without it, exp neither over- nor underflows.
+        log_heights = log_heights - (log_heights + self.log_tilt[cells]).amax(1, keepdim=True)
+        inverse = math.sqrt(0.5) / scales
+        parameters = torch.stack([log_heights, means, inverse])  # (3, B, K)
+        mass = torch.empty(len(means), len(self.grid), device=means.device)
+        if means.numel() <= _TILE_ROWS:
+            _write_few(parameters, self.centres, self.log_tilt, out=mass)
+        else:
+            term = torch.empty_like(mass[:_TILE_ROWS])
+            for start in range(0, len(means), _TILE_ROWS):
+                rows = slice(start, start + _TILE_ROWS)
+                _write_mixture(parameters[:, rows], self.centres, self.log_tilt, term, out=mass[rows])
+        total = mass.sum(1)
+        lost = ~((total > _RELIABLE_TOTAL) & (total < math.inf))
+        if mass.device.type != "cpu":  # which is not waited for, and has the time
+            marginal = _log_marginal(self.grid, self.balance)
+            careful = _careful_masses(parameters, self.centres, self.log_tilt, marginal)
+            return torch.where(lost[:, None], careful, mass)
+        if bool(lost.any()):
+            marginal = _log_marginal(self.grid, self.balance)
+            mass[lost] = _careful_masses(parameters[:, lost], self.centres, self.log_tilt, marginal)
+        return mass
 
 
 @torch.no_grad()
@@ -283,36 +365,9 @@ def _log_marginal(grid: LabelGrid, balance: float) -> Tensor:
 
 
 def _masses(components: Components, grid: LabelGrid, learned_prior: LearnedPrior, balance: float) -> Tensor:
-    """Return (B, G) float32, proportional to p_b(cell|x); every row has a finite, positive sum.
-
-    h is taken at the middle of a cell. That sum is exact to .1% as long as cells are narrower than two standard
-    deviations of a component; a component narrower than that is widened to half a cell, or it could fall in between.
-    """
-    log_tilt = _log_tilt(grid, learned_prior, balance)
-    edges = ((grid.edges - components.label_mean) / components.label_sd).float()
-    centres, half_widths = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
-    means = components.means.float().contiguous()
-    cells = torch.bucketize(means, edges[1:-1])
-    scales = torch.maximum(components.scales.float(), half_widths[cells])
-    log_heights = components.log_weights.float() - scales.log()
-    # What is largest at the means is nearly always largest of all: without it, exp neither over- nor underflows.
-    log_heights = log_heights - (log_heights + log_tilt[cells]).amax(1, keepdim=True)
-    inverse = math.sqrt(0.5) / scales
-    parameters = torch.stack([log_heights, means, inverse])  # (3, B, K)
-    mass = torch.empty(len(means), len(grid), device=means.device)
-    term = torch.empty_like(mass[:_TILE_ROWS])
-    for start in range(0, len(means), _TILE_ROWS):
-        rows = slice(start, start + _TILE_ROWS)
-        _write_mixture(parameters[:, rows], centres, log_tilt, term, out=mass[rows])
-    total = mass.sum(1)
-    lost = ~((total > _RELIABLE_TOTAL) & (total < math.inf))
-    if mass.device.type != "cpu":  # which is not waited for, and has the time
-        marginal = _log_marginal(grid, balance)
-        return torch.where(lost[:, None], _careful_masses(parameters, centres, log_tilt, marginal), mass)
-    if bool(lost.any()):
-        marginal = _log_marginal(grid, balance)
-        mass[lost] = _careful_masses(parameters[:, lost], centres, log_tilt, marginal)
-    return mass
+    """Return (B, G) float32, proportional to p_b(cell|x), as `TiltedGrid.masses` does."""
+    tilted = TiltedGrid.of(grid, components.label_mean, components.label_sd, learned_prior, balance)
+    return tilted.masses(components)
 
 
 def _write_mixture(parameters: Tensor, centres: Tensor, log_tilt: Tensor, term: Tensor, out: Tensor) -> None:
@@ -337,6 +392,25 @@ def _write_mixture(parameters: Tensor, centres: Tensor, log_tilt: Tensor, term: 
             torch.exp(term, out=out)
         else:
             out += term.exp_()
+
+
+def _write_few(parameters: Tensor, centres: Tensor, log_tilt: Tensor, out: Tensor) -> None:
+    """Write what `_write_mixture` does, to the last bit, all components at once: fewer calls, which few rows pay for.
+
+    Args:
+        parameters: (3, R, K), as there.
+        centres: (G,) of the cells.
+        log_tilt: (G,) of the cells.
+        out: (R, G).
+    """
+    log_heights, means, inverses = parameters.unsqueeze(3).unbind(0)
+    terms = torch.sub(centres, means).mul_(inverses)  # (R, K, G)
+    torch.addcmul(log_tilt, terms, terms, value=-1, out=terms)
+    terms.add_(log_heights).clamp_min_(_LEAST_EXPONENT).exp_()
+    first, *others = terms.unbind(1)
+    out.copy_(first)
+    for other in others:
+        out += other
 
 
 def _careful_masses(parameters: Tensor, centres: Tensor, log_tilt: Tensor, log_marginal: Tensor) -> Tensor:

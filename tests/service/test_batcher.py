@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,29 @@ def test_a_client_that_left_is_dropped_from_the_queue(held: tuple[httpx.Client, 
         assert passes.sizes == []  # it went while the first pass was still held
         passes.go.set()
     until(lambda: 'status="499"' in client.get("/metrics").text)
+
+
+def test_small_requests_behind_a_long_pass_wait_no_longer_either(held: tuple[httpx.Client, Held]) -> None:
+    client, passes = held
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
+    address = (client.base_url.host, client.base_url.port)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/predict", json=many())
+        assert passes.begun.wait(20)
+        with socket.create_connection(address) as leaves, socket.create_connection(address, timeout=20) as waits:
+            leaves.sendall(head)
+            waits.sendall(head)
+            until(lambda: "predict_queue_length 2.0" in client.get("/metrics").text)
+            leaves.close()
+            until(lambda: 'status="499"' in client.get("/metrics").text)
+            refused = waits.recv(65536)
+            assert refused.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 1" in refused
+            passes.go.set()
+            waits.sendall(head)
+            assert waits.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert first.result().status_code == 503
+    assert passes.sizes == [1, 1]  # the first's, which nobody waited for any more, and the last
 
 
 def test_overload_over_http_is_503_with_retry_after(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """What comes before a body: limited in size and time, as nothing of ours is asked until then."""
 
+import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
 
 from service import connection
 from tests.service.store import instance
+from tests.service.test_state import scrape
 
 
 @contextmanager
@@ -103,3 +107,85 @@ def test_a_length_that_lies_is_found_out(client: httpx.Client) -> None:
             opened.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\n" + lengths + b"\r\n\r\n{}")
             is_problem(answer(opened), 400, b"not-http")
     assert client.post("/predict", json=instance(0)).status_code == 200
+
+
+# Predictions that come in one piece have a way of their own
+
+
+def request(body: bytes, *headers: bytes) -> bytes:
+    lines = [b"POST /predict HTTP/1.1", b"Host: a", b"Content-Type: application/json", *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
+
+
+def answers(opened: socket.socket, count: int) -> list[tuple[int, Any]]:
+    """Statuses and bodies of so many answers."""
+    with opened.makefile("rb") as stream:
+        found = []
+        for _ in range(count):
+            status = int(stream.readline().split()[1])
+            headers = dict(line.rstrip().split(b": ", 1) for line in iter(stream.readline, b"\r\n"))
+            assert headers[b"x-content-type-options"] == b"nosniff"
+            assert b"date" in headers
+            found.append((status, json.loads(stream.read(int(headers[b"content-length"])))))
+        return found
+
+
+def test_pieces_pipelines_and_turns_are_answered_alike(client: httpx.Client) -> None:
+    bodies = [json.dumps({"instances": [instance(i)] * (i + 1), "interval": 0.9}).encode() for i in range(6)]
+    expected = [(200, client.post("/predict", content=body, headers={"Expect": ""}).json()) for body in bodies]
+    assert [len(answer["predictions"]) for _, answer in expected] == [1, 2, 3, 4, 5, 6]
+    with connected(client) as opened:  # one after the other
+        for body, answer in zip(bodies, expected, strict=True):
+            opened.sendall(request(body))
+            assert answers(opened, 1) == [answer]
+    with connected(client) as opened:  # all at once, in order
+        opened.sendall(b"".join(request(body) for body in bodies))
+        assert answers(opened, 6) == expected
+    with connected(client) as opened:  # beside other requests
+        opened.sendall(request(bodies[0]) + b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n" + request(bodies[1]))
+        assert answers(opened, 3) == [expected[0], (200, {"status": "alive"}), expected[1]]
+    for cut in (30, 100, len(request(bodies[5])) - 1):  # in pieces
+        with connected(client) as opened:
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for part in (request(bodies[5])[:cut], request(bodies[5])[cut:] + request(bodies[0])[:cut]):
+                opened.sendall(part)
+                time.sleep(0.05)
+            opened.sendall(request(bodies[0])[cut:])
+            assert answers(opened, 2) == [expected[5], expected[0]]
+    with connected(client) as opened:  # by chunks, and with a question back
+        chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(bodies[1]), bodies[1])
+        opened.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked)
+        assert answers(opened, 1) == [expected[1]]
+        opened.sendall(request(bodies[2], b"Expect: 100-continue")[: -len(bodies[2])])
+        assert opened.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        opened.sendall(bodies[2])
+        assert answers(opened, 1) == [expected[2]]
+
+
+def test_what_is_refused_leaves_the_connection_usable(client: httpx.Client) -> None:
+    with connected(client) as opened:
+        for body, headers, status in (
+            (b"{", (), 400),
+            (b'{"dep_delay": "late"}', (), 422),
+            (b"{}", (b"Content-Encoding: gzip",), 415),
+            (b"{}", (), 200),
+        ):
+            opened.sendall(request(body, *headers))
+            ((answered, document),) = answers(opened, 1)
+            assert answered == status
+            assert status == 200 or document["status"] == status
+        opened.sendall(request(b"{}", b"Connection: close"))
+        assert answer(opened).startswith(b"HTTP/1.1 200 ")
+
+
+def test_each_is_counted(client: httpx.Client) -> None:
+    def counted() -> tuple[float, float, float]:
+        samples = scrape(client)
+        labels = ("handler=/predict", "method=POST")
+        requests = (samples.get(("tailstream_http_requests_total", *labels, f"status={s}"), 0) for s in (200, 422))
+        return *requests, samples["tailstream_predictions_total",]
+
+    before = counted()
+    for body in (b'{"instances": [{}, {}, {}]}', b'{"instances": []}'):
+        client.post("/predict", content=body)
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [1, 1, 3]

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from typing import Any, NamedTuple
 
 import uvloop
@@ -45,7 +45,7 @@ class Connection(asyncio.Protocol):
         free: gets the connection whenever it may send again.
     """
 
-    def __init__(self, found: Offered, free: list["Connection"]) -> None:
+    def __init__(self, found: Offered, free: deque["Connection"]) -> None:
         self._found = found
         self._free = free
         self._received = b""
@@ -81,7 +81,7 @@ async def send_all(port: int, request: bytes, rate: float, seconds: float, clien
     """Sends so many requests a second."""
     loop = asyncio.get_running_loop()
     found = Offered(defaultdict(list), Counter())
-    free: list[Connection] = []
+    free: deque[Connection] = deque()  # all take turns: the service closes a connection that is not used
     for _ in range(clients):
         _, connection = await loop.create_connection(lambda: Connection(found, free), "127.0.0.1", port)
         free.append(connection)
@@ -89,7 +89,7 @@ async def send_all(port: int, request: bytes, rate: float, seconds: float, clien
     number = 0
     while (now := time.perf_counter() - start) < seconds:
         while free and number < now * rate:
-            free.pop().send(request)
+            free.popleft().send(request)
             number += 1
         number = max(number, int(now * rate) - clients)  # what nobody was there to send is not made up for
         await asyncio.sleep(0.0005)

@@ -14,12 +14,12 @@ import psutil
 from service.broker import EmbeddedBroker, free_port
 from tests.benchmarks.serve.net import body, rows, service_command, write_config
 from tests.benchmarks.serve.offered import offer
-from tests.benchmarks.serve.processes import CORES, START_S, on_cores, python, wrk
+from tests.benchmarks.serve.processes import CORES, START_S, cpu_s, on_cores, python, wrk
 from trainer.config import load
 from trainer.publish import publish
 from trainer.schema import FeatureSchema
 
-RECORDS = 150_000  # more than are learned in the meantime
+RECORDS = 250_000  # more than are learned in the meantime
 SPELL_S = 4
 CLIENTS = 16
 RATE = 500.0  # requests a second, of those that are offered; the others send as soon as they are answered
@@ -37,27 +37,28 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         publish(settings, FeatureSchema.of(settings), _records(), partitions=1)
         command = python("-m", "trainer", "--config", str(config))
         trainer = psutil.Process(running.enter_context(on_cores(command, folder / "trainer.log", cores=cores)))
-        running.enter_context(on_cores(service_command(config), folder / "service.log", port, cores))
         deadline = time.monotonic() + START_S
         while not any(settings.store.path.glob("*/manifest.json")):
             if time.monotonic() > deadline:
                 raise SystemExit(f"the trainer wrote nothing; see {folder / 'trainer.log'}")
             time.sleep(0.1)
+        _send(trainer, signal.SIGSTOP)
+        running.enter_context(on_cores(service_command(config), folder / "service.log", port, cores))
         wrk(port, body(1), CLIENTS, 2)
         p99_ms: dict[str, list[float]] = {}
         learned: list[float] = []
         for _ in range(rounds):
             for state, number in (("busy", signal.SIGCONT), ("still", signal.SIGSTOP)):
-                trainer.send_signal(number)
-                before_s, begun_s = sum(trainer.cpu_times()[:2]), time.monotonic()
+                _send(trainer, number)
+                before_s, begun_s = cpu_s(trainer.pid), time.monotonic()
                 times = offer(port, body(1), rate=RATE, seconds=SPELL_S, clients=CLIENTS).times_s
                 if set(times) != {200}:
                     raise SystemExit(f"requests failed: { {status: len(of) for status, of in times.items()} }")
                 p99_ms.setdefault(f"offered_{state}", []).append(float(np.quantile(times[200], 0.99)) * 1e3)
                 p99_ms.setdefault(f"most_{state}", []).append(wrk(port, body(1), CLIENTS, SPELL_S).p99_ms)
                 if state == "busy":
-                    learned.append((sum(trainer.cpu_times()[:2]) - before_s) / (time.monotonic() - begun_s))
-        trainer.send_signal(signal.SIGCONT)
+                    learned.append((cpu_s(trainer.pid) - before_s) / (time.monotonic() - begun_s))
+        _send(trainer, signal.SIGCONT)
     if min(learned) < BUSY:
         raise SystemExit(f"the trainer took {min(learned):.2f} of a core: it was not busy all the time")
     medians = {f"{name}_p99_ms": float(np.median(of)) for name, of in p99_ms.items()}
@@ -67,6 +68,12 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
         "p99_ratio": medians["offered_busy_p99_ms"] / medians["offered_still_p99_ms"],
         "most_p99_ratio": medians["most_busy_p99_ms"] / medians["most_still_p99_ms"],
     }
+
+
+def _send(trainer: psutil.Process, number: signal.Signals) -> None:
+    """To the trainer and the process that it reads the topic by."""
+    for process in (trainer, *trainer.children(recursive=True)):
+        process.send_signal(number)
 
 
 def _records() -> Iterator[bytes]:
