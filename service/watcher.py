@@ -8,7 +8,7 @@ import structlog
 
 from service.predictor import Predictor, load_predictor
 from trainer.config import Settings
-from trainer.errors import SnapshotCorrupt, SnapshotError, TailstreamError
+from trainer.errors import SnapshotCorrupt, SnapshotError, StoreUnavailable, TailstreamError
 from trainer.snapshot import SnapshotStore
 from trainer.storage import SnapshotKey
 
@@ -124,6 +124,8 @@ class Watcher:
         """Loads a snapshot, checks that it answers, and swaps it in."""
         try:
             predictor = load_predictor(self._store, key.version, self._settings)
+        except StoreUnavailable:
+            raise  # it says nothing of the snapshot
         except TailstreamError as error:
             self._refuse(key, str(error))
             return False

@@ -1,4 +1,4 @@
-"""Brokers that tests share: the embedded one always, a real Apache Kafka where TAILSTREAM_TEST_KAFKA names it."""
+"""Brokers and stores that tests share: the embedded broker and disks always, Kafka and S3 where they are named."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ import pytest
 import structlog
 
 from service.broker import EmbeddedBroker
+from tests.s3 import S3Server
 from trainer.config import Settings, load
 
 BASIC = """\
@@ -69,6 +70,18 @@ def real_kafka() -> str:
     if not server:
         pytest.skip("no real Apache Kafka: start one and set TAILSTREAM_TEST_KAFKA=host:port")
     return server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running S3 server of the tests' own; whoever stops it starts it again."""
+    script = os.environ.get("TAILSTREAM_TEST_S3_SERVER")
+    if not script:
+        pytest.skip("no S3 server: set TAILSTREAM_TEST_S3_SERVER to a script that starts one")
+    server = S3Server(script, tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def _grew(before: PartitionProgress, after: PartitionProgress) -> Iterator[str]:
 
 
 def _not_a_copy(original: Manifest, copy: Manifest) -> Iterator[str]:
-    same = {"version", "created_s", "generation", "copy_of", "sha256"}
+    same = {"version", "created_s", "generation", "copy_of", "fence", "sha256"}
     if original.model_dump(exclude=same) != copy.model_dump(exclude=same):
         yield f"it is not the copy of version {original.version} that it says it is"
 

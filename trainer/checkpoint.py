@@ -14,7 +14,14 @@ from torch import Tensor
 from trainer.batching import Batch, PartitionProgress, Progress, advance
 from trainer.config import Settings
 from trainer.dead_letter import DeadLetters
-from trainer.errors import PublishError, SnapshotCorrupt, SnapshotError, SnapshotMismatch, TopicChanged
+from trainer.errors import (
+    PublishError,
+    SnapshotCorrupt,
+    SnapshotError,
+    SnapshotMismatch,
+    StoreUnavailable,
+    TopicChanged,
+)
 from trainer.kafka_client import TopicDescription
 from trainer.learner import Learner
 from trainer.manifest import Manifest, Sample, check_fits
@@ -216,7 +223,7 @@ class Checkpoint:
         except PublishError as error:
             self._failed(str(error))
             return
-        except OSError as error:
+        except (OSError, StoreUnavailable) as error:
             self._failed(f"the snapshot could not be written to {self._parts.store.where}: {error}")
             return
         cost_s = save.copied_s + processor_s

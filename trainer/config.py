@@ -27,6 +27,8 @@ ENV_OF_THE_TESTS: Final = ("TAILSTREAM_TEST_", "TAILSTREAM_COMPOSE_")  # not set
 # Kubernetes puts such variables into every container beside a Service whose name begins with `tailstream`.
 KUBERNETES_LINK: Final = re.compile(r"(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT(_\d+_(TCP|UDP)(_\w+)?)?)$")
 
+OBJECT_STORES: Final = ("s3", "gs", "az", "abfs", "abfss")
+
 TaskName = Literal["regression", "classification"]
 FeatureKind = Literal["numeric", "categorical", "boolean", "vector", "timestamp"]
 CLASS_LOSSES: Final = ("logit_adjusted", "cross_entropy", "class_balanced", "focal", "influence_balanced")
@@ -299,21 +301,53 @@ class ModelSettings(_Table):
 class StoreSettings(_Table):
     """Where snapshots live."""
 
-    url: str = Field(default="./snapshots", description="Folder of snapshots, shared by trainer and service.")
+    url: str = Field(
+        default="./snapshots",
+        description="Where trainer and service share snapshots: a folder, or `s3://bucket/prefix` (also `gs://`, `az://`).",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed to the client of an object store as they are: `endpoint`, `region`, `access_key_id`, "
+        "`secret_access_key`, ...; without them the environment (`AWS_*`) counts.",
+    )
+    lease_s: float = Field(
+        default=10.0,
+        ge=0.5,
+        description="Object store: a trainer that is not heard of for this long may be replaced by another.",
+    )
+    cache: str = Field(
+        default="", description="Object store: folder for fetched models; empty means one below the temporary folder."
+    )
     interval_s: float = Field(
         default=0.5, ge=0, description="Seconds between snapshots; stretched, so that saving takes at most 5%."
     )
 
     @field_validator("url")
     @classmethod
-    def _is_a_folder(cls, value: str) -> str:
-        if "://" in value and not value.startswith("file://"):
-            raise ValueError(f"{value!r} is not a folder: give a path or a file:// URL")
+    def _is_a_place(cls, value: str) -> str:
+        scheme, found, rest = value.partition("://")
+        if found and scheme != "file" and scheme not in OBJECT_STORES:
+            known = ", ".join(f"{name}://" for name in OBJECT_STORES)
+            raise ValueError(f"{value!r} is no place for snapshots: give a path, a file:// URL, or one of {known}")
+        if found and not rest.strip("/"):
+            raise ValueError(f"{value!r} names no {'folder' if scheme == 'file' else 'bucket'}")
         return value
+
+    @model_validator(mode="after")
+    def _options_are_of_an_object_store(self) -> Self:
+        if self.is_folder and (self.options or self.cache):
+            raise ValueError("options and cache are for an object store, and url is a folder")
+        return self
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the store is on a disk."""
+        return "://" not in self.url or self.url.startswith("file://")
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
+        """The folder of a store on a disk."""
+        assert self.is_folder, f"{self.url} is not a folder"
         return Path(self.url.removeprefix("file://"))
 
 

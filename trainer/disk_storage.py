@@ -72,9 +72,8 @@ class DiskStorage:
         """The path of a file, for messages."""
         return str(self.folder(version) / name)
 
-    def fence(self, version: int) -> int:
-        """Always 0: the system takes the lock from a writer that has ended, and from no other."""
-        return 0
+    def fence(self, version: int) -> None:
+        """There is none: the system takes the lock from a writer that has ended, and from no other."""
 
     def read(self, version: int, name: str) -> bytes:
         """A file of a version.

@@ -14,7 +14,8 @@ TailstreamError
 ├── SnapshotError             a snapshot or its store cannot be used                             exit 5
 │   ├── SnapshotCorrupt       a file is torn, missing or altered
 │   ├── SnapshotMismatch      the store holds a model that the configuration does not describe
-│   └── StoreLocked           another trainer writes to this store
+│   ├── StoreLocked           another trainer writes to this store
+│   └── StoreUnavailable      an object store is away, or does not let us in
 ├── PublishError              records could not be sent                                          exit 6
 └── DemoError                 a part of the demo could not be started, or died                   exit 7
 """
@@ -96,6 +97,10 @@ class SnapshotMismatch(SnapshotError):
 
 class StoreLocked(SnapshotError):
     """Another trainer writes to this store."""
+
+
+class StoreUnavailable(SnapshotError):
+    """An object store is away, or does not let us in; nothing is known of what is there."""
 
 
 class PublishError(TailstreamError):

@@ -64,6 +64,7 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry] = {}
     generation: int = 0  # rollbacks so far: progress only grows within one
     copy_of: int | None = None  # the version that a rollback went back to
+    fence: int = 0  # of the writer, in an object store: grows with each writer
     sha256: str = ""  # of the manifest's own bytes, with this field empty; the last one
 
 

@@ -9,6 +9,8 @@ Where they lie, on a disk or in an object store, is the matter of `trainer.stora
 
 import hashlib
 import json
+import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +24,10 @@ from torch import Tensor
 from trainer.config import StoreSettings
 from trainer.disk_storage import DiskStorage
 from trainer.errors import SnapshotCorrupt
+from trainer.file_cache import FileCache
 from trainer.manifest import FileEntry, Manifest, opened, sealed
+from trainer.object_storage import ObjectStorage
+from trainer.objects import Objects
 from trainer.storage import MANIFEST_FILE, SnapshotKey, Storage
 
 MODEL_FILE: Final = "model.safetensors"
@@ -41,7 +46,11 @@ class Snapshot(NamedTuple):
 
 def open_store(settings: StoreSettings) -> "SnapshotStore":
     """The store that a configuration names; nothing is connected or made yet."""
-    return SnapshotStore(DiskStorage(settings.path))
+    if settings.is_folder:
+        return SnapshotStore(DiskStorage(settings.path))
+    objects = Objects(settings.url, settings.options)
+    cache = Path(settings.cache) if settings.cache else _cache_of_user(settings.url)
+    return SnapshotStore(ObjectStorage(objects, settings.lease_s), FileCache(cache))
 
 
 class SnapshotStore:
@@ -49,10 +58,12 @@ class SnapshotStore:
 
     Args:
         storage: where they lie; a path is a folder on a disk.
+        cache: keeps models that have been read on this machine's disk, where the storage is far away.
     """
 
-    def __init__(self, storage: Storage | Path) -> None:
+    def __init__(self, storage: Storage | Path, cache: FileCache | None = None) -> None:
         self.storage: Storage = DiskStorage(storage) if isinstance(storage, Path) else storage
+        self._cache = cache
         self._healthy: dict[SnapshotKey, bool] = {}  # what manifests said of those that retention has looked at
 
     @property
@@ -89,7 +100,11 @@ class SnapshotStore:
             data = self.storage.read(version, MANIFEST_FILE)
         except OSError as error:
             raise SnapshotCorrupt(f"snapshot {version} has no valid manifest at {where}: {error}") from error
-        return opened(data, version, where)
+        manifest = opened(data, version, where)
+        fence = self.storage.fence(version)
+        if fence is not None and manifest.fence != fence:
+            raise SnapshotCorrupt(f"{where} is of a writer with fencing number {manifest.fence}, and not {fence}")
+        return manifest
 
     def load(self, version: int, *, training: bool) -> Snapshot:
         """Reads and verifies a version.
@@ -145,12 +160,17 @@ class SnapshotStore:
     def _read(self, manifest: Manifest, name: str) -> bytes:
         where = self.storage.locate(manifest.version, name)
         entry = manifest.files.get(name)
+        cache = self._cache if name == MODEL_FILE else None
+        if cache is not None and entry is not None and (cached := cache.get(entry.sha256)) is not None:
+            return cached
         try:
             data = self.storage.read(manifest.version, name)
         except OSError as error:
             raise SnapshotCorrupt(f"snapshot {manifest.version} lacks {where}: {error}") from error
         if entry is None or entry.bytes != len(data) or entry.sha256 != hashlib.sha256(data).hexdigest():
             raise SnapshotCorrupt(f"{where} is not the file that the manifest of snapshot {manifest.version} describes")
+        if cache is not None:
+            cache.put(entry.sha256, data)
         return data
 
     # Writing
@@ -193,11 +213,11 @@ class SnapshotStore:
         return self._write(manifest.model_copy(update={"generation": generation, "copy_of": version}), contents)
 
     def _write(self, manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
-        version, _ = self.storage.next_version()
+        version, fence = self.storage.next_version()
         files = {
             name: FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()
         }
-        changes = {"version": version, "created_s": time.time(), "files": files}
+        changes = {"version": version, "created_s": time.time(), "files": files, "fence": fence}
         manifest, data = sealed(manifest.model_copy(update=changes))
         self.storage.publish(version, {**contents, MANIFEST_FILE: data})
         return manifest
@@ -255,3 +275,8 @@ class SnapshotStore:
             if self._healthy[key]:
                 return key.version
         return None
+
+
+def _cache_of_user(url: str) -> Path:
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"tailstream-{os.getuid()}" / name

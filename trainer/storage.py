@@ -44,8 +44,8 @@ class Storage(Protocol):
         """Where a file of a snapshot lies, for messages."""
         ...
 
-    def fence(self, version: int) -> int:
-        """The fencing number that the writer of a snapshot had: its manifest must name the same."""
+    def fence(self, version: int) -> int | None:
+        """The fencing number that the writer of a snapshot had, which its manifest names; None where none is needed."""
         ...
 
     def read(self, version: int, name: str) -> bytes:

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.s3 import S3Server
 from tests.trainer.stream import make_manifest, make_settings
 from trainer.config import Settings
+from trainer.disk_storage import DiskStorage
 from trainer.errors import SnapshotCorrupt, SnapshotError, SnapshotMismatch, StoreLocked
 from trainer.manifest import Manifest, check_fits
-from trainer.snapshot import KEEP_NEWEST, MODEL_FILE, TRAINING_FILE, SnapshotStore
+from trainer.snapshot import KEEP_NEWEST, MODEL_FILE, TRAINING_FILE, SnapshotStore, open_store
 from trainer.storage import ACTIVE_FILE, MANIFEST_FILE
 
 FILES = (MODEL_FILE, TRAINING_FILE, MANIFEST_FILE)
@@ -33,10 +35,29 @@ with SnapshotStore(Path(sys.argv[1])).lock():
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SnapshotStore:
+def disk(tmp_path: Path) -> SnapshotStore:
     store = SnapshotStore(tmp_path / "store")
     store.storage.path.mkdir()
     return store
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SnapshotStore]:
+    """A store on a disk, and one in S3: what is read must be the same."""
+    if request.param == "disk":
+        yield request.getfixturevalue("disk")
+    else:
+        server: S3Server = request.getfixturevalue("s3_server")
+        store = open_store(server.settings(cache=str(tmp_path / "cache")))
+        store.storage.server = server
+        with store.lock():
+            yield store
+
+
+def part(store: SnapshotStore, version: int, name: str) -> Path:
+    """The file that holds a part of a snapshot."""
+    where = store.storage.locate(version, name)
+    return store.storage.server.file(where) if where.startswith("s3://") else Path(where)
 
 
 def write(store: SnapshotStore, number: float = 0.0, **changes: Any) -> Manifest:
@@ -64,9 +85,9 @@ def test_what_is_written_is_read_back(store: SnapshotStore) -> None:
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor)
     assert store.load(1, training=False).training == {}
-    assert sorted(path.name for path in store.storage.folder(1).iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in part(store, 1, MODEL_FILE).parent.iterdir()) == sorted(FILES)
     assert {entry.bytes for entry in manifest.files.values()} == {
-        (store.storage.folder(1) / name).stat().st_size for name in (MODEL_FILE, TRAINING_FILE)
+        part(store, 1, name).stat().st_size for name in (MODEL_FILE, TRAINING_FILE)
     }
 
 
@@ -111,7 +132,7 @@ def zeroed(path: Path) -> None:
 
 
 def of_another_version(path: Path) -> None:
-    shutil.copy(path.parent.parent / "00000001" / path.name, path)
+    shutil.copy(Path(str(path).replace("00000003", "00000001")), path)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -122,21 +143,22 @@ def test_a_damaged_snapshot_is_never_read_and_the_one_before_it_is(
     write(store, 1.0)
     good = write(store, 2.0)
     write(store, 3.0)
-    damage(store.storage.folder(3) / name)
+    damage(part(store, 3, name))
     with pytest.raises(SnapshotCorrupt):
         store.load(3, training=True)
     snapshot, faults = store.newest(training=True)
     assert snapshot is not None
     assert snapshot.manifest == good
     assert snapshot.model["weight"][0, 0] == 2.0
-    absent = damage is missing and name == MANIFEST_FILE  # without a manifest there is no snapshot to be faulty
+    on_disk = isinstance(store.storage, DiskStorage)  # there, without a manifest there is no snapshot to be faulty
+    absent = damage is missing and name == MANIFEST_FILE and on_disk
     assert len(faults) == (0 if absent else 1)
     assert all("3" in str(fault) for fault in faults)
 
 
 def test_a_snapshot_whose_training_file_is_damaged_can_still_predict(store: SnapshotStore) -> None:
     write(store, 1.0)
-    bit_flipped(store.storage.folder(1) / TRAINING_FILE)
+    bit_flipped(part(store, 1, TRAINING_FILE))
     assert store.load(1, training=False).model["weight"][0, 0] == 1.0
 
 
@@ -146,33 +168,33 @@ def test_a_snapshot_whose_training_file_is_damaged_can_still_predict(store: Snap
 )
 def test_a_manifest_that_says_something_unknown_is_not_believed(store: SnapshotStore, change: dict[str, Any]) -> None:
     write(store)
-    path = store.storage.folder(1) / MANIFEST_FILE
+    path = part(store, 1, MANIFEST_FILE)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert store.newest(training=True)[0] is None
 
 
 def test_when_all_are_damaged_every_fault_is_told_newest_first(store: SnapshotStore) -> None:
     for _ in range(3):
-        torn(store.storage.folder(write(store).version) / MODEL_FILE)
+        torn(part(store, write(store).version, MODEL_FILE))
     snapshot, faults = store.newest(training=False)
     assert snapshot is None
     assert [str(fault).count(f"0000000{n}") for fault, n in zip(faults, (3, 2, 1), strict=True)] == [1, 1, 1]
 
 
-def test_versions_only_grow_past_damaged_and_unfinished_ones(store: SnapshotStore) -> None:
-    assert write(store).version == 1
-    torn(store.storage.folder(1) / MANIFEST_FILE)
-    assert write(store).version == 2
-    store.storage.folder(9).mkdir()  # half removed
-    (store.storage.path / "notes").mkdir()
-    assert write(store).version == 10
-    assert store.versions() == [1, 2, 10]
+def test_versions_only_grow_past_damaged_and_unfinished_ones(disk: SnapshotStore) -> None:
+    assert write(disk).version == 1
+    torn(disk.storage.folder(1) / MANIFEST_FILE)
+    assert write(disk).version == 2
+    disk.storage.folder(9).mkdir()  # half removed
+    (disk.storage.path / "notes").mkdir()
+    assert write(disk).version == 10
+    assert disk.versions() == [1, 2, 10]
 
 
 def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(
-    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+    disk: SnapshotStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(store, 1.0)
+    write(disk, 1.0)
     real = os.fsync
     for failing_call in range(1, 5):
         calls = iter(range(1, 10))
@@ -184,24 +206,24 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_one_works(
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
-            write(store, 2.0)
-        assert store.versions() == [1]
-        assert [path.name for path in store.storage.path.iterdir()] == ["00000001"]
+            write(disk, 2.0)
+        assert disk.versions() == [1]
+        assert [path.name for path in disk.storage.path.iterdir()] == ["00000001"]
     monkeypatch.setattr(os, "fsync", real)
-    assert write(store, 2.0).version == 2
+    assert write(disk, 2.0).version == 2
 
 
-def test_what_a_crash_left_unfinished_is_not_seen_and_cleared_by_the_next_writer(store: SnapshotStore) -> None:
-    write(store, 1.0)
-    leftover = store.storage.path / ".tmp-00000002"
-    shutil.copytree(store.storage.folder(1), leftover)
-    assert store.versions() == [1]
-    with store.lock():
+def test_what_a_crash_left_unfinished_is_not_seen_and_cleared_by_the_next_writer(disk: SnapshotStore) -> None:
+    write(disk, 1.0)
+    leftover = disk.storage.path / ".tmp-00000002"
+    shutil.copytree(disk.storage.folder(1), leftover)
+    assert disk.versions() == [1]
+    with disk.lock():
         assert not leftover.exists()
     leftover.mkdir()
     (leftover / MODEL_FILE).write_text("half")
-    assert write(store, 2.0).version == 2
-    assert store.load(2, training=True).model["weight"][0, 0] == 2.0
+    assert write(disk, 2.0).version == 2
+    assert disk.load(2, training=True).model["weight"][0, 0] == 2.0
 
 
 # Keeping
@@ -211,31 +233,31 @@ def aged(store: SnapshotStore, version: int, now_s: float, age_s: float) -> None
     os.utime(store.storage.folder(version) / MANIFEST_FILE, (now_s - age_s,) * 2)
 
 
-def test_the_newest_five_one_an_hour_for_a_day_and_the_active_one_are_kept(store: SnapshotStore) -> None:
+def test_the_newest_five_one_an_hour_for_a_day_and_the_active_one_are_kept(disk: SnapshotStore) -> None:
     now_s = 1_800_000_000.0 // 3600 * 3600 + 1800  # half past
     ages_h = [30.0, 26.1, 26.0, 23.2, 23.1, 23.0, 2.2, 2.1, 2.0, 0.4, 0.3, 0.2, 0.1, 0.0]
     for age_h in ages_h:
-        aged(store, write(store).version, now_s, age_h * 3600)
-    (store.storage.path / ACTIVE_FILE).write_text('{"version": 2}')
-    removed = store.prune(now_s)
-    assert store.versions() == [2, 4, 7, 10, 11, 12, 13, 14]
+        aged(disk, write(disk).version, now_s, age_h * 3600)
+    (disk.storage.path / ACTIVE_FILE).write_text('{"version": 2}')
+    removed = disk.prune(now_s)
+    assert disk.versions() == [2, 4, 7, 10, 11, 12, 13, 14]
     assert removed == [1, 3, 5, 6, 8, 9]
-    assert not any(store.storage.folder(version).exists() for version in removed)
-    assert store.prune(now_s) == []
-    assert all(store.load(version, training=True) for version in store.versions())
+    assert not any(disk.storage.folder(version).exists() for version in removed)
+    assert disk.prune(now_s) == []
+    assert all(disk.load(version, training=True) for version in disk.versions())
 
 
-def test_the_newest_healthy_one_is_kept_however_long_ago_the_model_went_astray(store: SnapshotStore) -> None:
+def test_the_newest_healthy_one_is_kept_however_long_ago_the_model_went_astray(disk: SnapshotStore) -> None:
     for number in range(12):
-        aged(store, write(store, healthy=number == 1).version, 2e9, 1e9)
-    store.prune(2e9)
-    assert store.versions() == [2, 8, 9, 10, 11, 12]
+        aged(disk, write(disk, healthy=number == 1).version, 2e9, 1e9)
+    disk.prune(2e9)
+    assert disk.versions() == [2, 8, 9, 10, 11, 12]
 
 
-def test_few_snapshots_are_all_kept_however_old(store: SnapshotStore) -> None:
+def test_few_snapshots_are_all_kept_however_old(disk: SnapshotStore) -> None:
     for _ in range(KEEP_NEWEST):
-        aged(store, write(store).version, 2e9, 1e9)
-    assert store.prune(2e9) == []
+        aged(disk, write(disk).version, 2e9, 1e9)
+    assert disk.prune(2e9) == []
 
 
 @pytest.mark.parametrize(
@@ -244,17 +266,17 @@ def test_few_snapshots_are_all_kept_however_old(store: SnapshotStore) -> None:
 )
 def test_the_pinned_version_is_read_or_taken_for_none(store: SnapshotStore, text: str, version: int | None) -> None:
     assert store.active() is None
-    (store.storage.path / ACTIVE_FILE).write_text(text)
+    store.storage.write_active(text.encode())
     assert store.active() == version
 
 
-def test_what_is_pinned_may_be_there_as_long_as_it_cannot_be_read_so_nothing_is_removed(store: SnapshotStore) -> None:
+def test_what_is_pinned_may_be_there_as_long_as_it_cannot_be_read_so_nothing_is_removed(disk: SnapshotStore) -> None:
     for hour in range(8):
-        aged(store, write(store).version, 2e9, 86400.0 * (1 + hour))
-    (store.storage.path / ACTIVE_FILE).mkdir()  # reading it fails for root too
+        aged(disk, write(disk).version, 2e9, 86400.0 * (1 + hour))
+    (disk.storage.path / ACTIVE_FILE).mkdir()  # reading it fails for root too
     with pytest.raises(SnapshotError, match=r"active\.json cannot be read"):
-        store.prune(2e9)
-    assert len(store.versions()) == 8
+        disk.prune(2e9)
+    assert len(disk.versions()) == 8
 
 
 def test_a_version_removed_while_it_is_pinned_is_not_pinned(
@@ -267,7 +289,7 @@ def test_a_version_removed_while_it_is_pinned_is_not_pinned(
 
     def write_active_too_late(data: bytes | None) -> None:
         write_active(data)
-        shutil.rmtree(store.storage.folder(1), ignore_errors=True)
+        shutil.rmtree(part(store, 1, MODEL_FILE).parent, ignore_errors=True)
 
     monkeypatch.setattr(store.storage, "write_active", write_active_too_late)
     with pytest.raises(SnapshotCorrupt):
@@ -275,12 +297,12 @@ def test_a_version_removed_while_it_is_pinned_is_not_pinned(
     assert store.active() == 2
 
 
-def test_a_pin_that_was_cut_off_does_not_stand_in_the_way_of_the_next(store: SnapshotStore) -> None:
-    write(store)
-    (store.storage.path / f"{ACTIVE_FILE}.{os.getpid()}").write_text('{"ver')
-    store.pin(1)
-    assert store.active() == 1
-    assert sorted(path.name for path in store.storage.path.iterdir()) == ["00000001", ACTIVE_FILE]
+def test_a_pin_that_was_cut_off_does_not_stand_in_the_way_of_the_next(disk: SnapshotStore) -> None:
+    write(disk)
+    (disk.storage.path / f"{ACTIVE_FILE}.{os.getpid()}").write_text('{"ver')
+    disk.pin(1)
+    assert disk.active() == 1
+    assert sorted(path.name for path in disk.storage.path.iterdir()) == ["00000001", ACTIVE_FILE]
 
 
 # One writer
@@ -296,34 +318,34 @@ def hold(store: SnapshotStore) -> "subprocess.Popen[str]":
     return process
 
 
-def test_a_second_writer_is_refused_until_the_first_is_killed(store: SnapshotStore) -> None:
-    with hold(store) as process:
-        with pytest.raises(StoreLocked, match=rf"another trainer writes .* \(pid {process.pid} on .+\)"), store.lock():
+def test_a_second_writer_is_refused_until_the_first_is_killed(disk: SnapshotStore) -> None:
+    with hold(disk) as process:
+        with pytest.raises(StoreLocked, match=rf"another trainer writes .* \(pid {process.pid} on .+\)"), disk.lock():
             pass
-        assert store.versions() == []  # reading needs no lock
+        assert disk.versions() == []  # reading needs no lock
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with store.lock():
-        assert str(os.getpid()) in (store.storage.path / ".lock").read_text()
+    with disk.lock():
+        assert str(os.getpid()) in (disk.storage.path / ".lock").read_text()
 
 
-def test_a_lock_is_let_go_of_and_holds_within_one_process_too(store: SnapshotStore) -> None:
+def test_a_lock_is_let_go_of_and_holds_within_one_process_too(disk: SnapshotStore) -> None:
     with (
-        store.lock(),
+        disk.lock(),
         pytest.raises(StoreLocked, match=f"pid {os.getpid()} "),
-        SnapshotStore(store.storage.path).lock(),
+        SnapshotStore(disk.storage.path).lock(),
     ):
         pass
-    with store.lock():
+    with disk.lock():
         pass
 
 
-def test_a_refused_writer_clears_nothing_away(store: SnapshotStore) -> None:
-    with store.lock():
-        (store.storage.path / ".tmp-00000001").mkdir()
-        with pytest.raises(StoreLocked), store.lock():
+def test_a_refused_writer_clears_nothing_away(disk: SnapshotStore) -> None:
+    with disk.lock():
+        (disk.storage.path / ".tmp-00000001").mkdir()
+        with pytest.raises(StoreLocked), disk.lock():
             pass
-        assert (store.storage.path / ".tmp-00000001").exists()
+        assert (disk.storage.path / ".tmp-00000001").exists()
 
 
 def test_a_store_is_made_by_its_writer_or_said_to_be_impossible(tmp_path: Path) -> None:
@@ -335,13 +357,13 @@ def test_a_store_is_made_by_its_writer_or_said_to_be_impossible(tmp_path: Path) 
 
 
 def test_a_file_system_without_locks_is_said_to_be_none_for_a_store(
-    store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+    disk: SnapshotStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(handle: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(SnapshotError, match=r"cannot be locked .* No locks available; put it"), store.lock():
+    with pytest.raises(SnapshotError, match=r"cannot be locked .* No locks available; put it"), disk.lock():
         pass
 
 
