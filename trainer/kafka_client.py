@@ -282,7 +282,11 @@ class Consumer:
         except kafka.errors.KafkaError as error:
             if error.retriable:
                 return []
-            raise SourceError(f"topic {self._settings.topic!r} cannot be read: {error}") from error
+            where = ", ".join(f"partition {p} at offset {offset}" for p, offset in sorted(self.positions().items()))
+            raise SourceError(
+                f"topic {self._settings.topic!r} cannot be read: {error}; next to read are {where}; where a record is "
+                'damaged, kafka-delete-records up to behind it and kafka.on_lost_offsets = "earliest" go on without it'
+            ) from error
         return [
             Record(r.partition, r.offset, r.timestamp / 1000, r.key, r.value, r.headers)
             for records in fetched.values()

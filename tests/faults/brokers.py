@@ -161,6 +161,51 @@ def records_deleted(ground: Ground) -> str:
     return f"exit {code}{' naming both offsets' if named else ''}; with earliest: {lost} lost, {part.trained} trained"
 
 
+@case(
+    "a record damaged on the broker's disk",
+    "exit 4 naming its offset; deleted, and with earliest: 300 offsets read, 1 to 100 lost, the others each once",
+)
+def record_damaged(ground: Ground) -> str:
+    config, settings = ground.settings()
+    send(settings, rows(100))
+    (log,) = ground.folder.glob(f"kafka/data/**/{settings.kafka.topic}-0/*.log")
+    begin = log.stat().st_size
+    send(settings, rows(100, seed=1))
+    end = log.stat().st_size
+    send(settings, rows(100, seed=2))
+    ground.kafka.stop()
+    data = bytearray(log.read_bytes())
+    data[(begin + end) // 2] ^= 1
+    log.write_bytes(data)
+    ground.kafka.start()
+    trainer = Trainer(config)
+    code = trainer.wait()
+    (at,) = re.findall(r"next to read are partition 0 at offset (\d+)", trainer.log.read_text()) or ["?"]
+    named = "naming its offset" if at.isdecimal() and 100 <= int(at) < 200 else f"at {at}"
+    with admin(settings) as client:
+        client.delete_records({kafka.TopicPartition(settings.kafka.topic, 0): 200})
+    config.write_text(config.read_text().replace("[kafka]", '[kafka]\non_lost_offsets = "earliest"', 1))
+    trainer = Trainer(config)
+    wait_until(lambda: next_offset(settings) == 300, "all is read")
+    assert trainer.stop() == 0
+    snapshot = newest(settings)
+    assert snapshot is not None
+    part = snapshot.manifest.partitions[0]
+    lost = 300 - part.trained
+    kept = [*range(200 - lost), *range(200, 300)]
+    once = "each once" if part.offset_sum == sum(kept) else "NOT each once"
+    count = "1 to 100" if 1 <= lost <= 100 else str(lost)
+    return (
+        f"exit {code} {named}; deleted, and with earliest: {part.next_offset} offsets read, {count} lost, "
+        f"the others {once}"
+    )
+
+
+def next_offset(settings: Settings) -> int:
+    snapshot = newest(settings)
+    return -1 if snapshot is None else snapshot.manifest.partitions[0].next_offset
+
+
 @case("retention passes the trainer", "exit 4; with latest: goes on at the end")
 def retention(ground: Ground) -> str:
     config, settings = ground.settings()
@@ -305,11 +350,7 @@ def compacted(ground: Ground) -> str:
     wait_until(lambda: count() < 15000, "the log is compacted")
     trainer = Trainer(config)
 
-    def all_read() -> bool:
-        snapshot = newest(settings)
-        return snapshot is not None and snapshot.manifest.partitions[0].next_offset == 20000
-
-    wait_until(all_read, "the end is reached")
+    wait_until(lambda: next_offset(settings) == 20000, "the end is reached")
     trainer.stop()
     snapshot = newest(settings)
     assert snapshot is not None

@@ -134,7 +134,7 @@ def _bytes() -> Any:
 
 
 def _rss_ratio(ground: Ground, server: str, records: int) -> float:
-    """Memory of a trainer after so many records, over that after 100,000."""
+    """Memory of a trainer and the process that reads for it, after so many records, over that after 100,000."""
     config = ground.config(server, learner__replay_steps="0", batch__size="256", learner__step_rows="256")
     settings = load(config)
     values = rows(CHUNK)
@@ -149,7 +149,7 @@ def _rss_ratio(ground: Ground, server: str, records: int) -> float:
             # Ahead of the trainer, so that it is never idle, and not so far that the disk fills.
             wait_until(lambda total=total: progress(settings) >= total - 10 * CHUNK, "it keeps up", 600)  # type: ignore[misc]
         wait_until(lambda mark=mark: progress(settings) >= mark, f"{mark} records", 600)  # type: ignore[misc]
-        measured.append(process.memory_info().rss)
+        measured.append(sum(each.memory_info().rss for each in (process, *process.children())))
     trainer.kill()
     return measured[1] / measured[0]
 

@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -75,6 +76,14 @@ class Soak:
         code = self.trainer.wait()
         assert code in (0, 130), f"exit code {code}: {self.trainer.log.read_text()[-3000:]}"
         self.trainer = Trainer(self.config)
+
+    def reader_killed(self) -> None:
+        for reader in psutil.Process(self.trainer.pid).children():
+            reader.kill()
+            code = self.trainer.wait()
+            assert code == 4, f"exit code {code}: {self.trainer.log.read_text()[-3000:]}"
+        if self.trainer.poll() is not None:
+            self.trainer = Trainer(self.config)
 
     def second_trainer(self) -> None:
         code = Trainer(self.config, wait=False).wait()
@@ -162,6 +171,7 @@ ACTIONS = {
     "trainer stopped": (Soak.trainer_stopped, 1),
     "trainer frozen": (Soak.trainer_frozen, 1),
     "trainer told to stop twice": (Soak.trainer_told_twice, 1),
+    "process that reads killed": (Soak.reader_killed, 1),
     "second trainer": (Soak.second_trainer, 1),
     "broker killed": (Soak.broker_killed, 1),
     "broker stopped": (Soak.broker_stopped, 1),
@@ -184,6 +194,7 @@ def main() -> int:
         try:
             with small_disk(Path(folder) / "disk", "32m"):
                 soak = Soak(ground, Path(folder) / "disk", options.seed)
+                soak.good_records()  # so that there is something to do it to
                 until = time.monotonic() + options.seconds
                 while time.monotonic() < until:
                     (name,) = random_.choices(list(ACTIONS), [weight for _, weight in ACTIONS.values()])
