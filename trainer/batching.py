@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from trainer.errors import RecordError
+from trainer.errors import RecordError, SourceError
 from trainer.schema import FeatureSchema, Row
 
 CHECKSUM_MODULUS: Final = 1 << 64
@@ -213,13 +213,20 @@ def batches(
 ) -> Iterator[Batch | None]:
     """Polls for ever; yields each batch, and None after every poll, so that the caller can see to other things.
 
-    A partial batch is flushed once `max_wait_s` has passed since its first record came.
+    A partial batch is flushed once `max_wait_s` has passed since its first record came, and before an error of the
+    source is raised.
     """
     waiting_since: float | None = None
     while True:
         left = max_wait_s if waiting_since is None else waiting_since + max_wait_s - clock()
         full = False
-        for batch in batcher.add(poll(max_records, min(max(0.0, left), LONGEST_POLL_S))):
+        try:
+            records = poll(max_records, min(max(0.0, left), LONGEST_POLL_S))
+        except SourceError:
+            if batcher.pending:
+                yield batcher.flush()  # what could be read may not be there at the next start
+            raise
+        for batch in batcher.add(records):
             full = True
             yield batch
         if not batcher.pending:

@@ -230,15 +230,13 @@ class SourceProcess:
 
     def commit(self, progress: Progress) -> None:
         """Says from outside how far a durable snapshot has come."""
-        with suppress(SourceError):  # which shows when the next batch is taken
-            self._send(_Commit(progress))
+        self._send(_Commit(progress))
 
     def close(self) -> None:
         """Ends the process, the last commit made if the broker is there; a second time does nothing."""
         if self._connection.closed:
             return
-        with suppress(SourceError):
-            self._send(_Stop())
+        self._send(_Stop())
         until = time.monotonic() + JOIN_S
         with suppress(EOFError, OSError):
             while time.monotonic() < until:  # what it still says would else hold it up
@@ -253,10 +251,8 @@ class SourceProcess:
         self._memory.unlink()
 
     def _send(self, message: Any) -> None:
-        try:
+        with suppress(OSError):  # it is gone: what it said before, and why it ended, is still to be received
             self._connection.send(message)
-        except OSError as error:
-            raise self._died() from error
 
     def _receive(self) -> Any:
         """The next message but for errors, which are raised, and what is kept here."""

@@ -180,7 +180,8 @@ def record_damaged(ground: Ground) -> str:
     ground.kafka.start()
     trainer = Trainer(config)
     code = trainer.wait()
-    (at,) = re.findall(r"next to read are partition 0 at offset (\d+)", trainer.log.read_text()) or ["?"]
+    log_text = trainer.log.read_text()
+    (at,) = re.findall(r"next to read are partition 0 at offset (\d+)", log_text) or [log_text[-1000:]]
     named = "naming its offset" if at.isdecimal() and 100 <= int(at) < 200 else f"at {at}"
     with admin(settings) as client:
         client.delete_records({kafka.TopicPartition(settings.kafka.topic, 0): 200})

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from pathlib import Path
 
 from tests.faults.case import Ground
@@ -14,4 +15,5 @@ def ground_or_leave(parser: argparse.ArgumentParser, folder: Path) -> Ground:
     script = os.environ.get(SCRIPT)
     if not script:
         parser.error(f"{SCRIPT} must name a script that starts an Apache Kafka")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that brokers and trainers are ended then, too
     return Ground(script, folder)

@@ -12,6 +12,7 @@ import pytest
 from tests.rig import Trainer, each_once, newest, rows, send, wait_until, wait_until_consumed
 from trainer.batching import PartitionProgress, Record
 from trainer.config import Settings, load
+from trainer.errors import TopicChanged
 from trainer.kafka_client import Consumer, create_topic
 from trainer.source import KafkaSource
 
@@ -106,6 +107,19 @@ def test_what_comes_after_a_first_start_at_the_latest_is_not_passed_over(
     assert trainer.stop() == 0
     assert part.trained == 50
     assert each_once(part)
+
+
+def test_a_topic_with_fewer_partitions_than_were_learned_from_is_refused(
+    broker: str, settings_for: Callable[..., Settings]
+) -> None:
+    settings = settings_for(broker)
+    send(settings, rows(10), partitions=2)
+    progress = {partition: PartitionProgress(next_offset=1) for partition in range(4)}
+    refused = pytest.raises(
+        TopicChanged, match=r"has partitions \[0, 1\], but the snapshot has progress in \[2, 3\] too"
+    )
+    with refused, opened(settings, progress):
+        pass
 
 
 def test_lag_counts_from_where_reading_began(real_kafka: str, settings_for: Callable[..., Settings]) -> None:

@@ -17,6 +17,7 @@ from trainer.batching import (
     advance,
     batches,
 )
+from trainer.errors import OffsetsLost
 
 SCHEMA = make_schema(make_settings())
 GOOD = values(40)
@@ -218,3 +219,20 @@ def test_the_caller_gets_its_turn_while_a_long_wait_lasts() -> None:
 
 def test_several_batches_of_one_poll_come_one_by_one() -> None:
     assert Topic([(0.0, GOOD[:9])]).batches(4, max_wait_s=1.0, until_s=0.5) == [(0.0, 4, 4), (0.0, 4, 8)]
+
+
+def test_what_was_read_before_an_error_of_the_source_comes_before_the_error() -> None:
+    polls = iter([as_records([*GOOD[:5], BAD], first=0)])
+
+    def poll(max_records: int, timeout_s: float) -> list[Record]:
+        for records in polls:
+            return records
+        raise OffsetsLost("gone")
+
+    stream = batches(poll, Batcher(SCHEMA, 4), 100, 600.0)
+    full, none, rest = islice(stream, 3)
+    assert (full and len(full), none, rest and len(rest)) == (4, None, 1)
+    assert rest is not None
+    assert rest.progress[0].next_offset == 6
+    with pytest.raises(OffsetsLost, match="gone"):
+        next(stream)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from tests.trainer.polled import IDENTITY, SIZE, make, make_settings, wait_until
 from trainer.batching import Batch
-from trainer.errors import SourceError
+from trainer.errors import OffsetsLost, SourceError
 from trainer.prefetch import BATCHES_AHEAD
 from trainer.schema import FeatureSchema
 from trainer.source_process import SHARED_MEMORY, SourceProcess
@@ -60,6 +61,22 @@ def test_one_that_is_killed_is_an_error_that_says_so_after_the_batches_before(so
         os.kill(source.pid, signal.SIGKILL)
         with pytest.raises(SourceError, match=r"reads 'prices' \(pid \d+\) was killed by SIGKILL"):
             takes(batches, BATCHES_AHEAD + 2)
+
+
+@pytest.mark.parametrize(("at_end", "error"), [("expired", OffsetsLost), ("unforeseen", ZeroDivisionError)])
+def test_why_one_ended_is_heard_after_its_batches_however_late_they_are_taken(
+    tmp_path: Path, at_end: str, error: type[Exception]
+) -> None:
+    given = partial(make, "regression", {"polls": 2, "at_end": at_end}, tmp_path)
+    schema = FeatureSchema.of(make_settings())
+    source = SourceProcess(given, schema, SIZE, 1.0, IDENTITY, threading.Event())
+    with closing(source), source.batches() as batches:
+        source.open({})
+        source._process.join(60)  # so that nobody is left to send to
+        assert source._process.exitcode == 0
+        takes(batches, 2)
+        with pytest.raises(error):
+            takes(batches, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
