@@ -35,6 +35,13 @@ def test_every_metric_that_is_asked_for_exists() -> None:
         assert asked <= known, f"{sorted(asked - known)} in {query}"
 
 
+def test_all_that_is_known_of_errors_is_drawn_for_either_task() -> None:
+    drawn = set(re.findall(r"\btailstream_\w+", " ".join(_dashboard_queries())))
+    errors = {name for name in _series(TrainerMetrics().registry) if name.startswith("tailstream_prequential_")}
+    assert errors
+    assert errors <= drawn
+
+
 def test_every_alert_says_what_happened_and_what_to_do() -> None:
     names = [rule["alert"] for rule in ALERTS]
     assert len(names) == len(set(names))
