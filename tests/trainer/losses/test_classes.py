@@ -76,6 +76,23 @@ def test_influence_balanced_is_its_formula(detach: bool) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_influence_balanced_in_float32_is_that_of_float64_however_sure_the_model_is() -> None:
+    logits, target, features = batch(rows=200)
+    # From plainly wrong to right by 30 nats: there 1 - p is all rounding, and epsilon keeps the quotient finite.
+    sure = torch.linspace(-30, 30, 200, dtype=torch.float64)[:, None] * F.one_hot(target, 5)
+    weights = torch.linspace(0.5, 1.5, 5, dtype=torch.float64)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = (logits + sure).to(dtype).requires_grad_()
+        given = {"class_weights": weights.to(dtype), "reduction": "none"}
+        loss = influence_balanced_loss(leaf, target, features.to(dtype), **given)
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        found.append((loss.detach().double(), gradient.double()))
+    (right_loss, right_gradient), (loss, gradient) = found
+    assert float((loss - right_loss).abs().max() / right_loss.abs().max()) < 1e-4
+    assert float((gradient - right_gradient).abs().max() / right_gradient.abs().max()) < 2e-3
+
+
 def test_the_explainers_module_runs_with_ours() -> None:
     logits, target, features = batch()
     weights = inverse_count_weights(torch.tensor([100.0, 200.0, 50.0, 10.0, 30.0], dtype=torch.float64))
