@@ -12,10 +12,11 @@ import pytest
 
 from service.app import create_app
 from service.serve import Server, bind, server_config, url
-from tests.service.store import make_settings, write_snapshot
+from tests.service.store import TASKS, make_settings, write_snapshot
 from trainer.config import Settings
 
 PATIENCE_S = 20.0
+for_both_tasks = pytest.mark.parametrize("task", TASKS)
 
 
 @contextmanager
@@ -58,6 +59,12 @@ def client(settings: Settings) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def empty(tmp_path: Path) -> Settings:
+def task() -> str:
+    """What is learned; tests marked `for_both_tasks` are run with each."""
+    return "regression"
+
+
+@pytest.fixture
+def empty(tmp_path: Path, task: str) -> Settings:
     """Settings whose store does not exist yet."""
-    return make_settings(tmp_path / "store")
+    return make_settings(tmp_path / "store", task=task)

@@ -7,16 +7,20 @@ import msgspec
 import torch
 from torch import Tensor
 
-from service.predictor import Predictor
-from trainer.batching import PartitionProgress
+from service.answers import Asked
+from service.predictor import Predictor, Question
+from trainer.batching import Batcher, PartitionProgress, Record
 from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.label_density import LabelDensity, LabelGrid
+from trainer.learner import Learner
 from trainer.manifest import Manifest, Sample
 from trainer.model import Model, build_model
-from trainer.schema import FeatureSchema
+from trainer.schema import Columns, FeatureSchema
 from trainer.snapshot import Snapshot, SnapshotStore
 
+CLASS_ROWS = 32  # of a batch, and of a step, where classes are learned
+TASKS = ("regression", "classification")
 METRICS = {
     window: {
         "rows": 320.0,
@@ -37,12 +41,19 @@ METRICS = {
 
 
 def make_settings(
-    store: Path, *, hidden: tuple[int, ...] = (16, 16), head: str = "mixture", **service: Any
+    store: Path,
+    *,
+    task: str = "regression",
+    hidden: tuple[int, ...] = (16, 16),
+    head: str = "mixture",
+    **service: Any,
 ) -> Settings:
+    of_classes = task == "classification"
     return Settings(
+        task=task,
         kafka={"bootstrap_servers": ["127.0.0.1:1"], "topic": "flights"},
         schema={
-            "label": "arr_delay",
+            "label": "outcome" if of_classes else "arr_delay",
             "id": "flight",
             "time": "time_hour",
             "features": {
@@ -54,7 +65,14 @@ def make_settings(
                 "sensors": {"kind": "vector", "size": 3},
             },
         },
-        model={"hidden": list(hidden), "embedding": 4, "category_buckets": 64, "head": head},
+        batch={"size": CLASS_ROWS} if of_classes else {},
+        learner={"step_rows": CLASS_ROWS, "replay_rows": 512, "replay_steps": 2} if of_classes else {},
+        model={
+            "hidden": list(hidden),
+            "embedding": 4,
+            "category_buckets": 64,
+            "head": "linear" if of_classes else head,
+        },
         store={"url": str(store)},
         service={"port": 0, "poll_interval_s": 0.02, **service},
     )
@@ -73,6 +91,24 @@ def instance(i: int) -> dict[str, Any]:
     if i % 5 == 4:
         record.pop(("dep_delay", "weather", "carrier", "cancelled", "sensors")[i // 5 % 5])
     return record
+
+
+def outcome(record: dict[str, Any]) -> str | int:
+    """The class of a record: one of four, which its features say."""
+    delay = record.get("dep_delay") or 0
+    return "early" if delay < 0 else 7 if record.get("carrier") == "DL" else "late" if delay > 55 else "on time"
+
+
+def learned(settings: Settings, rows: int, seed: int = 0, without: str | int | None = None) -> Learner:
+    """A learner of the outcomes of so many records, those `without` left out."""
+    schema = FeatureSchema.of(settings)
+    learner = Learner(settings.model_copy(update={"seed": seed}), schema, torch.device("cpu"))
+    batcher = Batcher(schema, settings.batch.size)
+    records = [{**instance(i), "outcome": outcome(instance(i))} for i in range(rows)]
+    values = [_json(record) for record in records if record["outcome"] != without]
+    for batch in batcher.add(Record(0, i, 0.0, None, value) for i, value in enumerate(values)):
+        learner.step(batch)
+    return learner
 
 
 def fitted(settings: Settings, seed: int) -> tuple[Model, dict[str, Tensor]]:
@@ -107,14 +143,26 @@ def write_snapshot(
     settings: Settings, seed: int = 0, calibration: LevelCalibration | None = None, **changes: Any
 ) -> Manifest:
     """Writes a fitted model as the next version; `changes` go into its manifest."""
+    if settings.task == "classification":
+        return write_learned(settings, learned(settings, 320, seed), **changes)
     model, grid = fitted(settings, seed)
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     tensors |= {f"grid.{name}": tensor.contiguous() for name, tensor in grid.items()}
     tensors |= {
         f"calibration.{name}": tensor for name, tensor in (calibration or LevelCalibration()).state_dict().items()
     }
+    return _write(settings, manifest(settings, **changes), tensors)
+
+
+def write_learned(settings: Settings, learner: Learner, **changes: Any) -> Manifest:
+    """Writes a classifier as the next version; `changes` go into its manifest."""
+    known = {"noise_sigma": None, "noise_sigma_label_units": None, "newest": [], "metrics": learner.read().metrics}
+    return _write(settings, manifest(settings, **{**known, **changes}), learner.inference_state())
+
+
+def _write(settings: Settings, told: Manifest, tensors: dict[str, Tensor]) -> Manifest:
     settings.store.path.mkdir(parents=True, exist_ok=True)
-    return SnapshotStore(settings.store.path).write(manifest(settings, **changes), tensors, {})
+    return SnapshotStore(settings.store.path).write(told, tensors, {})
 
 
 def manifest(settings: Settings, **changes: Any) -> Manifest:
@@ -129,7 +177,7 @@ def manifest(settings: Settings, **changes: Any) -> Manifest:
         "partitions": {0: PartitionProgress(next_offset=330, trained=320, rejected=8, skipped=2)},
         "lag_records": 42,
         "newest_append_s": 1.7e9,
-        "task": "regression",
+        "task": settings.task,
         "record_schema": settings.record_schema.model_dump(mode="json"),
         "model": settings.model.model_dump(mode="json"),
         "learner": settings.learner.model_dump(mode="json"),
@@ -149,6 +197,20 @@ def in_process(settings: Settings, version: int) -> Predictor:
     """The model of a version, as a program without HTTP would load it."""
     snapshot: Snapshot = SnapshotStore(settings.store.path).load(version, training=False)
     return Predictor.from_snapshot(snapshot, settings)
+
+
+def columns_of(settings: Settings, rows: int) -> Columns:
+    """The features of the first records."""
+    schema = FeatureSchema.of(settings)
+    decoded = [schema.decode_instance(_json(instance(i))) for i in range(rows)]
+    return Columns(schema.numeric(decoded), schema.categorical(decoded))
+
+
+def answer_of(predictor: Predictor, columns: Columns, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a request with these options is answered by a predictor in process."""
+    question = Question(columns, Asked(**{"balance": 0.5, **asked}))
+    answer: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(predictor.answer([question])[0]))
+    return answer
 
 
 def _json(record: dict[str, Any]) -> bytes:

@@ -15,25 +15,34 @@ from hypothesis import strategies as st
 from service.answers import Asked
 from service.predictor import Predictor, Question
 from tests.service.conftest import running
-from tests.service.store import in_process, instance, make_settings, write_snapshot
+from tests.service.store import answer_of, columns_of, in_process, instance, make_settings, write_snapshot
 from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.predictive import Predictive
-from trainer.schema import Columns, FeatureSchema, Row
+from trainer.schema import Columns, FeatureSchema
 
-ASKED = [
-    {"balance": 0.0},
-    {"balance": 1.0, "interval": 0.9},
-    {"balance": 0.3, "interval": 0.5, "point": "mean"},
-    {"balance": 0.5, "point": "mean"},
-    {},
-]
+MODELS: dict[str, dict[str, Any]] = {
+    "mixture": {},
+    "gaussian": {"head": "gaussian"},
+    "classes": {"task": "classification"},
+}
+ASKED: dict[str, list[dict[str, Any]]] = {
+    "regression": [
+        {"balance": 0.0},
+        {"balance": 1.0, "interval": 0.9},
+        {"balance": 0.3, "interval": 0.5, "point": "mean"},
+        {"balance": 0.5, "point": "mean"},
+        {},
+    ],
+    "classification": [{"balance": 0.0}, {"balance": 1.0, "top": 2}, {"balance": 0.3, "top": 9}, {"top": 1}, {}],
+}
+LISTS = ("predictions", "lower", "upper", "probabilities")  # with a value for each row
 
 
-@pytest.fixture(scope="module", params=["mixture", "gaussian"])
+@pytest.fixture(scope="module", params=MODELS)
 def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A model of the usual width: kernels are chosen by size."""
-    settings = make_settings(tmp_path_factory.mktemp("store"), hidden=(128, 128), head=request.param)
+    settings = make_settings(tmp_path_factory.mktemp("store"), hidden=(128, 128), **MODELS[request.param])
     write_snapshot(settings)
     return settings
 
@@ -50,9 +59,12 @@ def predictor(settings: Settings) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def rows(settings: Settings) -> list[Row]:
-    schema = FeatureSchema.of(settings)
-    return [schema.decode_instance(msgspec.json.encode(instance(i))) for i in range(200)]
+def columns(settings: Settings) -> Columns:
+    return columns_of(settings, 200)
+
+
+def picked(columns: Columns, numbers: list[int]) -> Columns:
+    return Columns(columns.numeric[numbers], columns.categorical[numbers])
 
 
 def lists(answer: Predictive) -> dict[str, Any]:
@@ -60,17 +72,13 @@ def lists(answer: Predictive) -> dict[str, Any]:
     return {name: column.tolist() for name, column in named.items() if column is not None}
 
 
-def expected(predictor: Predictor, rows: list[Row], asked: dict[str, Any]) -> dict[str, Any]:
-    balance = asked.get("balance", 0.5)
-    answer = predictor.predict(rows, balance, asked.get("interval"), asked.get("point", "median"))
-    return {**lists(answer), "balance": balance, "model_version": 1}
-
-
-def test_intervals_are_as_wide_as_what_came_has_shown_them_to_be(empty: Settings, rows: list[Row]) -> None:
+def test_intervals_are_as_wide_as_what_came_has_shown_them_to_be(empty: Settings) -> None:
     surprised = LevelCalibration()
     surprised.observe(torch.tensor([0.01, 0.99]).repeat(1000))
     write_snapshot(empty)
     write_snapshot(empty, calibration=surprised)
+    schema = FeatureSchema.of(empty)
+    rows = [schema.decode_instance(msgspec.json.encode(instance(i))) for i in range(200)]
     narrow, wide = (lists(in_process(empty, version).predict(rows, 0.0, 0.9)) for version in (1, 2))
     assert narrow["predictions"] == wide["predictions"]
     assert all(low > lower for low, lower in zip(narrow["lower"], wide["lower"], strict=True))
@@ -79,21 +87,32 @@ def test_intervals_are_as_wide_as_what_came_has_shown_them_to_be(empty: Settings
     assert alike[0] == alike[1]
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=str)
+@pytest.mark.parametrize("number", range(5))
 def test_http_equals_in_process_alone_and_in_a_batch(
-    client: httpx.Client, predictor: Predictor, rows: list[Row], asked: dict[str, Any]
+    client: httpx.Client, settings: Settings, predictor: Predictor, columns: Columns, number: int
 ) -> None:
+    asked = ASKED[settings.task][number]
     whole = client.post("/predict", json={"instances": [instance(i) for i in range(200)], **asked}).json()
-    assert whole == expected(predictor, rows, asked)
-    assert len(set(whole["predictions"])) > 150  # the model tells rows apart
+    assert whole == answer_of(predictor, columns, asked)
+    assert (whole["balance"], whole["model_version"]) == (asked.get("balance", 0.5), 1)
+    told = "predictions" if settings.task == "regression" else "probabilities"
+    assert len(set(map(str, whole[told]))) > 150  # the model tells rows apart
     for i in range(0, 200, 17):
         alone = client.post("/predict", json={"instances": [instance(i)], **asked}).json()
-        assert alone["predictions"] == [whole["predictions"][i]]
-        assert alone.get("lower") == ([whole["lower"][i]] if "interval" in asked else None)
+        assert alone == {name: [value[i]] if name in LISTS else value for name, value in whole.items()}
+
+
+@pytest.mark.parametrize("settings", ["mixture", "gaussian"], indirect=True)
+def test_points_and_intervals_are_those_of_the_model(predictor: Predictor, settings: Settings) -> None:
+    schema = FeatureSchema.of(settings)
+    rows = [schema.decode_instance(msgspec.json.encode(instance(i))) for i in range(200)]
+    for asked in ASKED["regression"]:
+        answer = predictor.predict(rows, **{"balance": 0.5, **asked})
+        assert lists(answer).items() <= answer_of(predictor, columns_of(settings, 200), asked).items()
 
 
 def test_concurrent_requests_do_not_touch_each_other(
-    client: httpx.Client, predictor: Predictor, rows: list[Row]
+    client: httpx.Client, settings: Settings, predictor: Predictor, columns: Columns
 ) -> None:
     """Hundreds at once, of all sizes and questions, so that passes join what differs."""
 
@@ -102,47 +121,44 @@ def test_concurrent_requests_do_not_touch_each_other(
 
             async def ask(i: int) -> tuple[list[int], dict[str, Any], httpx.Response]:
                 numbers = [(i * 7 + k) % 200 for k in range(1 if i % 3 else i % 90 + 1)]
-                body = {"instances": [instance(n) for n in numbers], **ASKED[i % len(ASKED)]}
-                return numbers, ASKED[i % len(ASKED)], await many.post("/predict", json=body)
+                asked = ASKED[settings.task][i % 5]
+                body = {"instances": [instance(n) for n in numbers], **asked}
+                return numbers, asked, await many.post("/predict", json=body)
 
             return await asyncio.gather(*(ask(i) for i in range(200)))
 
     for numbers, asked, response in asyncio.run(ask_all()):
         assert response.status_code == 200
-        assert response.json() == expected(predictor, [rows[n] for n in numbers], asked)
+        assert response.json() == answer_of(predictor, picked(columns, numbers), asked)
 
 
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(
     parts=st.lists(
-        st.tuples(st.integers(0, 199), st.integers(1, 130), st.sampled_from([Asked(0.0), Asked(1.0, 0.9), Asked(0.3)])),
+        st.tuples(st.integers(0, 199), st.integers(1, 130), st.integers(0, 4)),
         min_size=1,
         max_size=6,
     )
 )
 def test_an_answer_depends_on_nothing_else_in_the_pass(
-    settings: Settings, predictor: Predictor, rows: list[Row], parts: list[tuple[int, int, Asked]]
+    settings: Settings, predictor: Predictor, columns: Columns, parts: list[tuple[int, int, int]]
 ) -> None:
-    schema = FeatureSchema.of(settings)
-
-    def question(numbers: list[int], asked: Asked) -> Question:
-        some = [rows[number % 200] for number in numbers]
-        return Question(Columns(schema.numeric(some), schema.categorical(some)), asked)
-
-    numbers = [list(range(start, start + count)) for start, count, _ in parts]
-    questions = [question(own, asked) for own, (_, _, asked) in zip(numbers, parts, strict=True)]
+    numbers = [[(start + k) % 200 for k in range(count)] for start, count, _ in parts]
+    options = [Asked(**{"balance": 0.5, **ASKED[settings.task][which]}) for _, _, which in parts]
+    questions = [Question(picked(columns, own), asked) for own, asked in zip(numbers, options, strict=True)]
     together = predictor.answer(questions)
     assert together == [predictor.answer([question])[0] for question in questions]
-    for own, (_, _, asked), answer in zip(numbers, parts, together, strict=True):
-        alone = [predictor.answer([question([number], asked)])[0].predictions[0] for number in own[:3]]
-        assert answer.predictions == alone + answer.predictions[3:]
+    for own, asked, answer in zip(numbers, options, together, strict=True):
+        alone = [predictor.answer([Question(picked(columns, [n]), asked)])[0].predictions[0] for n in own[:3]]
+        assert list(answer.predictions[:3]) == alone
 
 
-def test_a_bare_record_is_answered_like_one_instance(client: httpx.Client) -> None:
+def test_a_bare_record_is_answered_like_one_instance(client: httpx.Client, settings: Settings) -> None:
     bare = client.post("/predict", json=instance(3))
     assert bare.status_code == 200
     assert bare.json() == client.post("/predict", json={"instances": [instance(3)]}).json()
-    assert list(bare.json()) == ["predictions", "balance", "model_version"]
+    more = ["probabilities"] if settings.task == "classification" else []
+    assert list(bare.json()) == ["predictions", "balance", "model_version", *more]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +189,7 @@ def test_a_missing_feature_is_a_null_one(client: httpx.Client) -> None:
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.parametrize("settings", ["mixture", "gaussian"], indirect=True)
 def test_an_interval_holds_the_point(client: httpx.Client) -> None:
     for point in ("median", "mean"):
         body = {"instances": [instance(i) for i in range(50)], "interval": 0.8, "point": point, "balance": 1}

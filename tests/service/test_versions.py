@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
 from service import versions
-from tests.service.conftest import running, until
-from tests.service.store import in_process, instance, make_settings, write_snapshot
+from tests.service.conftest import for_both_tasks, running, until
+from tests.service.store import answer_of, columns_of, in_process, instance, make_settings, write_snapshot
 from trainer.config import Settings
-from trainer.schema import FeatureSchema
 from trainer.snapshot import MODEL_FILE, SnapshotStore
 from trainer.storage import ACTIVE_FILE
 
@@ -29,7 +27,7 @@ def three(empty: Settings) -> Settings:
 
 def ask(client: httpx.Client, version: Any = None) -> httpx.Response:
     path = "/predict" if version is None else f"/predict?version={version}"
-    return client.post(path, json={"instances": [instance(i) for i in range(5)], "balance": 0.3, "interval": 0.9})
+    return client.post(path, json={"instances": [instance(i) for i in range(5)], "balance": 0.3})
 
 
 def in_use(client: httpx.Client) -> int:
@@ -66,15 +64,14 @@ def test_a_store_without_versions_is_an_empty_list(empty: Settings) -> None:
         assert client.get("/models").json() == {"in_use": None, "pinned": None, "models": []}
 
 
+@for_both_tasks
 def test_any_version_answers_as_it_would_in_process(three: Settings) -> None:
-    schema = FeatureSchema.of(three)
-    rows = [schema.decode_instance(msgspec.json.encode(instance(i))) for i in range(5)]
+    columns = columns_of(three, 5)
     with running(three) as client:
         for version in (1, 3, 2, 1):
             answer = ask(client, version).json()
-            expected = in_process(three, version).predict(rows, balance=0.3, interval=0.9)
+            assert answer == answer_of(in_process(three, version), columns, {"balance": 0.3})
             assert answer["model_version"] == version
-            assert answer["predictions"] == expected.point.tolist()
         assert ask(client).json()["model_version"] == 3
 
 
@@ -116,6 +113,7 @@ def test_a_version_that_cannot_answer_is_said_and_not_pinned(three: Settings, tm
     assert not (three.store.path / ACTIVE_FILE).exists()
 
 
+@for_both_tasks
 def test_every_service_of_the_store_rolls_back_and_follows_again(three: Settings) -> None:
     with running(three) as here, running(three) as there:
         assert here.post("/models/1/activate").json() in ({"pinned": 1, "in_use": 3}, {"pinned": 1, "in_use": 1})
