@@ -88,8 +88,20 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def write_config(tmp_path: Path) -> Callable[..., Path]:
     """Writes a small configuration for a broker; the topic is new each time, the store is in the test's folder."""
 
-    def write(server: str, *, topic: str | None = None, store: str = "snapshots", more: str = "") -> Path:
+    def write(
+        server: str,
+        *,
+        topic: str | None = None,
+        store: str = "snapshots",
+        more: str = "",
+        task: str = "regression",
+    ) -> Path:
         text = BASIC.format(server=server, topic=topic or f"test-{uuid.uuid4().hex[:12]}", store=tmp_path / store)
+        if task == "classification":
+            text = text.replace('label = "price"', 'label = "kind"').replace(
+                'kind = "categorical"', 'price = "numeric"'
+            )
+            text = set_in(text, "", "task", f'"{task}"')
         for line in more.splitlines():
             key, _, value = line.partition("=")
             table, _, name = key.strip().rpartition(".")

@@ -18,12 +18,44 @@ from trainer.config import load
 from trainer.dead_letter import HEADER_PREFIX, KEY_OMITTED, OMITTED
 from trainer.kafka_client import Producer, create_topic
 
+TASKS = ("regression", "classification")
+BAD: dict[str, tuple[str, str, list[tuple[bytes, str, str | None]]]] = {
+    "numbers": (
+        "regression",
+        "",
+        [
+            (b"{", "not_json", None),
+            (b'{"price": "dear"}', "wrong_type", "price"),
+            (b'{"size": 1}', "no_label", "price"),
+            (b'{"price": 1, "size": 1e39}', "not_finite", "size"),
+            (b"\xff\xfe", "not_json", None),
+        ],
+    ),
+    "classes": (
+        "classification",
+        "schema.max_classes = 3",
+        [
+            (b"{", "not_json", None),
+            (b'{"kind": 1.5}', "wrong_type", "kind"),
+            (b'{"size": 1}', "no_label", "kind"),
+            (b'{"kind": "a", "size": 1e39}', "not_finite", "size"),
+            (b'{"kind": "d"}', "too_many_classes", "kind"),
+        ],
+    ),
+    "listed classes": (
+        "classification",
+        'schema.classes = ["c", "b", "a"]',
+        [(b'{"kind": "%d"}' % number, "unknown_class", "kind") for number in range(5)],
+    ),
+}
 
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_killed_trainer_ends_with_the_same_weights_as_an_undisturbed_one(
-    broker: str, write_config: Callable[..., Path]
+    broker: str, write_config: Callable[..., Path], task: str
 ) -> None:
     # Full batches only: a timed flush depends on the clock.
-    config = write_config(broker, store="killed", more="batch.max_wait_s = 600")
+    config = write_config(broker, store="killed", more="batch.max_wait_s = 600", task=task)
     settings = load(config)
     count = 100 * settings.batch.size
     send(settings, rows(count))
@@ -41,7 +73,7 @@ def test_a_killed_trainer_ends_with_the_same_weights_as_an_undisturbed_one(
     assert trainer.stop() == 0
 
     undisturbed_config = write_config(
-        broker, topic=settings.kafka.topic, store="undisturbed", more="batch.max_wait_s = 600"
+        broker, topic=settings.kafka.topic, store="undisturbed", more="batch.max_wait_s = 600", task=task
     )
     trainer = Trainer(undisturbed_config)
     undisturbed = wait_until_consumed(load(undisturbed_config), count, trainer)
@@ -75,19 +107,14 @@ def test_counters_show_every_offset_of_every_partition_exactly_once(
     assert all(each_once(part) for part in parts.values())
 
 
+@pytest.mark.parametrize("which", BAD)
 def test_bad_records_become_dead_letters_that_say_why_and_no_good_one_is_lost(
-    broker: str, write_config: Callable[..., Path]
+    broker: str, write_config: Callable[..., Path], which: str
 ) -> None:
-    config = write_config(broker, more="batch.max_wait_s = 0.05")
+    task, more, bad = BAD[which]
+    config = write_config(broker, more=f"batch.max_wait_s = 0.05\n{more}", task=task)
     settings = load(config)
     good = rows(500)
-    bad = [
-        (b"{", "not_json", None),
-        (b'{"price": "dear"}', "wrong_type", "price"),
-        (b'{"size": 1}', "no_label", "price"),
-        (b'{"price": 1, "size": 1e39}', "not_finite", "size"),
-        (b"\xff\xfe", "not_json", None),
-    ]
     create_topic(settings.kafka, settings.kafka.topic, 1)
     producer = Producer(settings.kafka)
     for i, value in enumerate(good):
