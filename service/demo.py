@@ -328,7 +328,7 @@ topic = "{topic}"
 [schema.features]
 {features}
 
-{story.tables}[store]
+[store]
 url = {json.dumps(str(folder / "snapshots"))}
 
 [trainer]

@@ -28,7 +28,6 @@ class Story:
         frame: reads them.
         features: field = kind.
         schema: of the configuration, as TOML, without its features.
-        tables: others that it needs, as TOML.
         bad: records that cannot be learned from.
         title: of the final table.
         answers: heading by answer, in the table's order.
@@ -42,7 +41,6 @@ class Story:
     frame: "Callable[[], pd.DataFrame]"
     features: Mapping[str, str]
     schema: str
-    tables: str
     bad: tuple[bytes, ...]
     title: str
     answers: Mapping[str, str]
@@ -70,7 +68,6 @@ label = "{FLIGHTS_LABEL}"
 id = "flight_id"
 time = "time_hour"
 """,
-    tables="",
     bad=(
         b"this is not JSON",
         b'{"arr_delay": "late", "dep_delay": 3}',
@@ -103,15 +100,6 @@ PORTAL: Final = Story(
     schema=f"""\
 label = "{PORTAL_LABEL}"
 id = "record_id"
-""",
-    tables="""\
-[learner]
-step_rows = 16
-replay_rows = 4096
-
-[model]
-hidden = [256, 256]
-
 """,
     bad=(
         b"this is not JSON",

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from service.metrics import ServiceMetrics
-from trainer.config import Settings
+from trainer.config import TASK_DEFAULTS, Settings
 from trainer.metrics import TrainerMetrics
 
 README = Path(__file__).parent.parent / "README.md"
@@ -31,7 +31,9 @@ def settings(model: type[BaseModel] = Settings, path: str = "") -> Iterator[tupl
             yield from settings(field.annotation, f"{key}.")
         else:
             assert field.description, f"{key} has no description"
-            yield key, _default(field.get_default(call_default_factory=True)), field.description
+            table = TASK_DEFAULTS["classification"].get(path.removesuffix("."), {})
+            of_classes = f"; `{json.dumps(table[name])}` for classes" if name in table else ""
+            yield key, _default(field.get_default(call_default_factory=True)) + of_classes, field.description
 
 
 def _default(value: Any) -> str:

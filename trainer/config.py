@@ -36,8 +36,15 @@ CLASS_LOSSES: Final = ("logit_adjusted", "cross_entropy", "class_balanced", "foc
 TASK_DEFAULTS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
     "regression": {},
     "classification": {
-        "learner": {"loss": "logit_adjusted", "label_memory": 0},
-        "model": {"head": "linear"},
+        "batch": {"size": 32},
+        "learner": {
+            "loss": "logit_adjusted",
+            "label_memory": 0,
+            "step_rows": 16,
+            "replay_steps": 1,
+            "replay_rows": 4096,
+        },
+        "model": {"head": "linear", "hidden": [256, 256]},
     },
 }
 
@@ -213,7 +220,7 @@ class LearnerSettings(_Table):
     ] = Field(
         default="bmc",
         description="Loss: `bmc` (either head), `nll` (mixture head); with the gaussian head also `gai`, `bni`, `mse`, "
-        "`l1`, `huber`. Of classes: `logit_adjusted` (the default there), `cross_entropy`, `class_balanced`, `focal`, "
+        "`l1`, `huber`. Of classes: `logit_adjusted`, `cross_entropy`, `class_balanced`, `focal`, "
         "`influence_balanced`.",
     )
     class_weights: Literal["inverse", "effective"] = Field(

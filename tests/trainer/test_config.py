@@ -213,7 +213,7 @@ def test_nothing_can_be_changed_afterwards(file: Path) -> None:
     file.write_text(with_lines("learner", "sigma = {label_units = 8.0}"))
     settings = load(file)
     tables = [settings, *tables_of(settings)]
-    assert len(tables) == 11
+    assert len(tables) == 12
     for table in tables:
         for name in type(table).model_fields:
             with pytest.raises(ValidationError, match="frozen"):
