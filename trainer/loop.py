@@ -20,6 +20,7 @@ def train(parts: Parts, checkpoint: Checkpoint, stop: threading.Event) -> None:
     """
     try:
         checkpoint.begin(parts.source.open(checkpoint.progress))
+        checkpoint.tick()  # where a first start began is on its way to the disk before anything is learned
         with parts.source.batches(lambda: parts.learner.may_replay) as batches:
             for batch in batches:
                 if batch is not None:

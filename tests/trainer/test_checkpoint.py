@@ -274,6 +274,12 @@ def test_where_a_first_start_begins_is_saved_unless_a_next_would_begin_there_too
         assert later.checkpoint.progress == (trainer.checkpoint.progress if versions else {})
 
 
+def test_a_first_start_at_the_end_is_saved_before_anything_is_learned(tmp_path: Path, file: Path) -> None:
+    trainer = Trainer(make_settings(tmp_path, kafka={"start": "latest"}, interval_s=3600.0), file)
+    trainer.run()
+    assert [trainer.store.manifest(version).samples for version in trainer.store.versions()] == [0, ROWS]
+
+
 def test_what_was_replayed_while_nothing_came_is_saved_too(tmp_path: Path) -> None:
     trainer = Trainer(make_settings(tmp_path / "store", learner={"replay_steps": "auto"}), tmp_path / "none")
     trainer.store.storage.path.mkdir()
