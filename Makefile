@@ -18,7 +18,7 @@ bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api soak test-compose up down clean
+.PHONY: help install demo test check format bench bench-bmc bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api screenshots soak test-browser test-compose up down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -78,6 +78,12 @@ fuzz-api: install ## Ask the service whatever its own description allows, and do
 
 soak: install ## All of that at random (SECONDS=3600); needs root
 	$(bin)/python -m tests.faults.soak --seconds $(SECONDS)
+
+test-browser: install ## The page in Chromium, its metrics in Prometheus, and what a tab costs (JSON=FILE)
+	$(bin)/pytest tests/browser $(if $(JSON),--browser-json $(JSON)) $(ARGS)
+
+screenshots: install ## Pictures of the page for the README, from running demos; needs chromium
+	$(bin)/python -m tests.browser.screenshots
 
 test-compose: install ## Bring the whole stack up in Docker, use it, kill a part, bring it down (JSON=FILE)
 	$(bin)/python -m tests.compose $(json)

@@ -46,7 +46,7 @@ const axis = (more) => ({
   grid: { stroke: colour("line"), width: 1 }, values: (_, values) => values.map((value) => (value === null ? "" : plain(value))),
   ...more,
 });
-const along = (more) => axis({ size: 26, grid: { show: false }, space: 70, ...more });
+const along = (more) => axis({ size: 30, gap: 10, grid: { show: false }, space: 70, ...more });
 const line = (name, dash, more = {}) => ({ stroke: colour(name), width: 2, dash, points: { show: false }, ...more });
 const cursor = (more = {}) => ({ y: false, drag: { x: false, y: false }, points: { size: 7 }, ...more });
 const fromZero = (_, __, high) => [0, high * 1.08 || 1];

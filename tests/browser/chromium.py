@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -21,8 +22,10 @@ class Watched:
     console_errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
-    def foreign(self, base: str) -> list[str]:
-        return [url for url in self.requests if not url.startswith(base)]
+    def foreign(self) -> list[str]:
+        """Requests to another host than the page's own; it is the first that was asked for."""
+        own = "{0.scheme}://{0.netloc}/".format(urlsplit(self.requests[0])) if self.requests else ""
+        return [url for url in self.requests if not url.startswith((own, "data:"))]
 
 
 @contextmanager
@@ -41,5 +44,7 @@ def watched(browser: Browser, **context: Any) -> Iterator[Watched]:
     found.page.on("console", lambda m: found.console_errors.append(m.text) if m.type == "error" else None)
     found.page.on("pageerror", lambda error: found.console_errors.append(str(error)))
     found.page.on("request", lambda request: found.requests.append(request.url))
-    yield found
-    opened.close()
+    try:
+        yield found
+    finally:
+        opened.close()

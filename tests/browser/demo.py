@@ -6,16 +6,34 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from service.broker import free_port
+import psutil
 
-WAIT_S = 120.0
+from service.broker import free_port
+from trainer.config import load
+
+WAIT_S = 240.0  # on a machine that has much else to do
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where it answers, and the process that started its parts."""
+
+    url: str
+    metrics_port: int  # the trainer's
+    process: psutil.Process
+
+    def part(self, *command: str) -> psutil.Process:
+        """The process of a part, by words of its command."""
+        (found,) = [child for child in self.process.children() if set(command) <= set(child.cmdline())]
+        return found
 
 
 @contextmanager
-def demo(folder: Path, *options: str) -> Iterator[str]:
-    """The address of its page, once it predicts."""
+def demo(folder: Path, *options: str) -> Iterator[Demo]:
+    """A demo once it predicts; stopped at the end."""
     port = free_port()
     output = folder / "demo.txt"
     command = [sys.executable, "-m", "service", "demo", "--port", str(port), "--data-dir", str(folder / "demo")]
@@ -27,7 +45,8 @@ def demo(folder: Path, *options: str) -> Iterator[str]:
             assert process.poll() is None, output.read_text()
             assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
+        settings = load(folder / "demo" / "tailstream.toml")
+        yield Demo(f"http://127.0.0.1:{port}", settings.trainer.metrics_port, psutil.Process(process.pid))
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(WAIT_S)
