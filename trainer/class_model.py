@@ -71,7 +71,11 @@ class ClassModel(nn.Module):
 
     def forward(self, numeric: Tensor, categorical: Tensor) -> Logits:
         """Raw columns (B, F), NaN where missing, and buckets (B, C) -> logits of the classes."""
-        logits: Logits = self.head(self.body(self.features(numeric), categorical))
+        return self.classify(self.features(numeric), categorical)
+
+    def classify(self, columns: Tensor, categorical: Tensor) -> Logits:
+        """Standardised columns (B, 2F), as `features` gives them, and buckets (B, C) -> logits of the classes."""
+        logits: Logits = self.head(self.body(columns, categorical))
         return logits
 
 

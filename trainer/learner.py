@@ -74,7 +74,7 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.task: Task = TASKS[settings.task](settings, schema, device)
-        self._skips_on_device = device.type in ("cpu", "cuda")
+        self._fused = device.type in ("cpu", "cuda")
         self._flatten()
         self.drift = PageHinkley(learner.drift_threshold).to(device)
         self.replay = ReplayBuffer(learner.replay_rows, len(schema.numeric_columns), len(schema.buckets), device)
@@ -101,7 +101,7 @@ class Learner:
         ]
         if self._sigma:
             groups.append({"params": [sigma for sigma, _ in self._sigma], "lr": self._settings.sigma_lr})
-        self.optimizer = torch.optim.Adam(groups, lr=self._settings.lr, fused=self._skips_on_device)
+        self.optimizer = torch.optim.Adam(groups, lr=self._settings.lr, fused=self._fused)
 
     def _grow(self, batch: Batch) -> None:
         """Makes room for what a batch brings; what the optimiser knows of the weights stays with them."""
@@ -137,15 +137,13 @@ class Learner:
         self.model.train()
         torch.manual_seed(self._seed + self._batches)  # what a body draws (dropout) is not part of the state
         rows = self._settings.step_rows
-        for start in range(0, len(slots), rows):
-            self._update(slots[start : start + rows])
+        steps = [slots[start : start + rows] for start in range(0, len(slots), rows)]
         if self._settings.replay_steps == "auto":
             most = REPLAY_BACKLOG_STEPS * rows
             self._replay_rows_due = min(self._replay_rows_due + REPLAY_SHARE * len(batch), most)
         else:
-            for _ in range(self._settings.replay_steps):
-                self._update(self.replay.draw(rows, self._random))
-        self._follow_statistics()
+            steps += self.replay.draw([rows] * self._settings.replay_steps, self._random)
+        self._learn(steps)
         self.samples += len(batch)
         self._batches += 1
         return result
@@ -161,8 +159,7 @@ class Learner:
             return
         self._replay_rows_due -= self._settings.step_rows
         self.model.train()
-        self._update(self.replay.draw(self._settings.step_rows, self._random))
-        self._follow_statistics()
+        self._learn(self.replay.draw([self._settings.step_rows], self._random))
 
     def _follow_statistics(self) -> None:
         """A body's own running statistics are not averaged."""
@@ -184,32 +181,52 @@ class Learner:
         self._newest.append(Newest(batch.time_s, batch.label, tested.point))
         return tested.result
 
-    def _update(self, slots: NDArray[np.int64]) -> None:
-        """One optimiser step on rows of the replay buffer (the fresh ones lie there too), given by distinct slots."""
-        memory = self.replay.draw(self._settings.label_memory, self._random)
-        self._own[slots] = True
-        memory = memory[~self._own[memory]]  # the step's own labels are in the loss already, exactly once
-        self._own[slots] = False
-        rows = torch.from_numpy(slots).to(self._device, non_blocking=True)
-        others = torch.from_numpy(memory).to(self._device, non_blocking=True)
-        label, memory_labels = self.replay.label[torch.cat([rows, others])].tensor_split([len(rows)])
+    def _learn(self, steps: Sequence[NDArray[np.int64]]) -> None:
+        """Takes optimiser steps, each on rows of the replay buffer (the fresh ones lie there too) at distinct slots."""
+        memories = [
+            self._not_own(memory, slots)
+            for memory, slots in zip(
+                self.replay.draw([self._settings.label_memory] * len(steps), self._random), steps, strict=True
+            )
+        ]
+        # What does not change between the steps is done for all of them at once.
+        sizes, rows = [len(slots) for slots in steps], sum(map(len, steps))
+        index = torch.from_numpy(np.concatenate([*steps, *memories])).to(self._device, non_blocking=True)
+        labels = self.task.targets(self.replay.label[index])
+        columns = self.task.columns(self.replay.numeric[index[:rows]])
+        categorical = self.replay.categorical[index[:rows]]
+        targets, others = labels.tensor_split([rows])
+        parts = (torch.split(of, sizes) for of in (columns, categorical, targets))
+        for step in zip(*parts, torch.split(others, [len(slots) for slots in memories]), strict=True):
+            self._update(*step)
+        self._follow_statistics()
 
-        outputs, loss = self.task.loss(self.replay.numeric[rows], self.replay.categorical[rows], label, memory_labels)
+    def _not_own(self, memory: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slots of a label memory but for those of a step's rows, whose labels are in the loss already."""
+        self._own[slots] = True
+        others = memory[~self._own[memory]]
+        self._own[slots] = False
+        return others
+
+    def _update(self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor) -> None:
+        """One optimiser step; see `Task.loss`."""
+        outputs, loss = self.task.loss(columns, categorical, target, memory)
         self._weights.zero_grad()
         for sigma, _ in self._sigma:
             sigma.grad = None
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = self._weights.clip(self._settings.gradient_clip)
+        norm = self._weights.norm()
+        excess = (norm / self._settings.gradient_clip).clamp(min=1.0)
         # The losses leave rows out that are not finite, so a network that has gone astray shows in its outputs alone.
-        checks = [
-            norm,
-            loss.detach(),
-            *(part.detach().sum() for part in outputs),
-            *(sigma.grad for sigma, _ in self._sigma if sigma.grad is not None),
-        ]
-        nonfinite = (~torch.stack(checks).isfinite().all()).float()
-        if self._skips_on_device:
-            self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # where it is 1 the fused step does nothing
+        total = sum((part.detach().sum() for part in outputs), norm + loss.detach())
+        for sigma, _ in self._sigma:
+            if sigma.grad is not None:
+                total = total + sigma.grad
+        nonfinite = total.isfinite().logical_not_().float()
+        if self._fused:  # the optimiser divides, and where `found_inf` is 1 it does nothing
+            self.optimizer.grad_scale, self.optimizer.found_inf = excess, nonfinite  # type: ignore[attr-defined]
+        else:
+            self._weights.divide_gradient(excess)
         self.optimizer.step()
         self.steps += 1
 

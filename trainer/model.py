@@ -187,7 +187,11 @@ class Model(nn.Module):
 
     def forward(self, numeric: Tensor, categorical: Tensor) -> Mixture:
         """Raw columns (B, F), NaN where missing, and buckets (B, C) -> h(y|x), label standard deviations."""
-        mixture: Mixture = self.head(self.body(self.features(numeric), categorical))
+        return self.density(self.features(numeric), categorical)
+
+    def density(self, columns: Tensor, categorical: Tensor) -> Mixture:
+        """Standardised columns (B, 2F), as `features` gives them, and buckets (B, C) -> h(y|x)."""
+        mixture: Mixture = self.head(self.body(columns, categorical))
         return mixture
 
     def components(self, mixture: Mixture) -> Components:

@@ -15,6 +15,7 @@ Every row is computed by operations of its own, in tiles of a fixed number of ro
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Self
 
 import torch
@@ -225,28 +226,33 @@ class GridDensity:
         grid: the label density that the head was trained beside; not empty.
         learned_prior: what the head's loss makes it learn.
         mass: (B, G) float32, proportional to the cells' probabilities.
-        cumulative: (B, G) float32, its running sums.
+        total: (B,) float32, its sums.
     """
 
     components: Components
     grid: LabelGrid
     learned_prior: LearnedPrior
     mass: Tensor
-    cumulative: Tensor
+    total: Tensor
 
     @classmethod
     @torch.no_grad()
     def of(cls, components: Components, grid: LabelGrid, learned_prior: LearnedPrior) -> Self:
         """Evaluate a head's density on a grid."""
         mass = _masses(components, grid, learned_prior, balance=0.0)
-        return cls(components, grid, learned_prior, mass, mass.cumsum(1))
+        return cls(components, grid, learned_prior, mass, mass.sum(1))
+
+    @cached_property
+    def cumulative(self) -> Tensor:
+        """(B, G) float32, running sums of the masses."""
+        return self.mass.cumsum(1)
 
     @torch.no_grad()
     def log_score(self, labels: Tensor) -> Tensor:
         """As the function of that name: (B,) float32 for labels (B,) in raw label units."""
         raw, cells = self._places(labels)
         beyond = (self.grid.edges[0] - raw).clamp_min(0.0) + (raw - self.grid.edges[-1]).clamp_min(0.0)
-        share = self.mass.gather(1, cells[:, None])[:, 0] / self.cumulative[:, -1]
+        share = self.mass.gather(1, cells[:, None])[:, 0] / self.total
         return (share.clamp_min(_TINY).log() - (self.grid.widths[cells] + beyond).log()).float()
 
     @torch.no_grad()
@@ -285,7 +291,7 @@ class GridDensity:
             self,
             components=self.components.where(condition, other.components),
             mass=torch.where(condition, self.mass, other.mass),
-            cumulative=torch.where(condition, self.cumulative, other.cumulative),
+            total=torch.where(condition, self.total, other.total),
         )
 
     def _places(self, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ from trainer.losses import (
     l1_loss,
     mse_loss,
 )
-from trainer.model import averaged_state, build_model, inference_state, learned_prior, load_averaged, unprefixed
-from trainer.predictive import Components, GridDensity
+from trainer.model import Model, averaged_state, build_model, inference_state, learned_prior, load_averaged, unprefixed
+from trainer.predictive import GridDensity
 from trainer.prequential import BALANCES, MEDIAN, PrequentialMetrics
 from trainer.schema import FeatureSchema
 from trainer.task import FORGETTING, Noise, Tested
@@ -34,6 +34,7 @@ from trainer.task import FORGETTING, Noise, Tested
 INTERVAL: Final = 0.9
 GRID_EVERY: Final = 4  # batches between refreshes of the label density that answers are made with, once it is settled
 GRID_SETTLED: Final = 24  # batches
+TRIED_EVERY: Final = 4  # of so many rows one is predicted by the weights that do not answer, to compare the two
 SCORE_FLOOR: Final = -20.0  # natural logs per label standard deviation; one surprise must not decide for long
 HEALTHY_RATIO: Final = 1.05  # largest error beside that of the running median
 HEALTHY_SDS: Final = 1e-3  # of the noise, added to that: where all labels are equal the median is never wrong
@@ -67,6 +68,7 @@ class Regression:
         self.model = build_model(schema, settings.model, settings.learner).to(device)
         self.averaged = copy.deepcopy(self.model)
         self.averaged.features, self.averaged.labels = self.model.features, self.model.labels
+        self.averaged.eval()
         self.density = LabelDensity()
         self.labels = _label_model(self._loss).to(device)
         self.prequential = PrequentialMetrics([f"{b:g}" for b in BALANCES], settings.learner.metrics_fading, device)
@@ -86,19 +88,7 @@ class Regression:
         self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
     ) -> Tested:
         """Predicts rows not yet learned from, and takes their errors into the metrics; see `Task.test`."""
-        target = self.model.labels.standardise(label)
-        both: list[Components] = []
-        for model in (self.model, self.averaged):
-            model.eval()
-            mixture = model(numeric, categorical)
-            model.head.observe(mixture, target)
-            both.append(model.components(mixture))
-        current, averaged = (GridDensity.of(part, self._grid, self._prior) for part in both)
-        scores = [density.log_score(label) for density in (current, averaged)]
-        score = torch.where(averaged_is_better, scores[1], scores[0])
-        floor = SCORE_FLOOR - self.model.labels.sd.log()
-        means = torch.stack([s.clamp(min=floor).double().mean() for s in scores])
-        answering = averaged.where(averaged_is_better, current)
+        answering, score, means = self._scored(numeric, categorical, label, averaged_is_better)
         answers = {
             f"{balance:g}": answering.answer(balance, self.calibration.ends(INTERVAL) if balance == 0 else None)
             for balance in BALANCES
@@ -112,6 +102,35 @@ class Regression:
         points[MEDIAN] = natural.point.new_full((len(batch),), self._median)
         self.prequential.observe(batch.label, points, covered, score)
         return Tested(StepResult(answering, score, covered), natural.point, means, (label - natural.point).abs())
+
+    def _scored(
+        self, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
+    ) -> tuple[GridDensity, Tensor, Tensor]:
+        """The density that answers, its log scores (B,), and the mean scores (2,) of current and averaged weights."""
+        self.model.eval()
+        rows = self.model.features(numeric), categorical, self.model.labels.standardise(label)
+        floor = SCORE_FLOOR - self.model.labels.sd.log()
+        # Only a CPU may look which weights answer, and then spares most of the work for the others.
+        looks = self._device.type == "cpu"
+        swapped = looks and bool(averaged_is_better)
+        first, second = (self.averaged, self.model) if swapped else (self.model, self.averaged)
+        tried = slice(None, None, TRIED_EVERY if looks else 1)
+        answering, other = self._density(first, *rows), self._density(second, *(part[tried] for part in rows))
+        score, other_score = answering.log_score(label), other.log_score(label[tried])
+        means = torch.stack([s.clamp(min=floor).double().mean() for s in (score[tried], other_score)])
+        if looks:
+            return answering, score, means.flip(0) if swapped else means
+        return (
+            other.where(averaged_is_better, answering),
+            torch.where(averaged_is_better, other_score, score),
+            means,
+        )
+
+    def _density(self, model: Model, columns: Tensor, categorical: Tensor, target: Tensor) -> GridDensity:
+        """What weights say of rows not yet learned from; the head takes in how wide that is."""
+        mixture = model.density(columns, categorical)
+        model.head.observe(mixture, target)
+        return GridDensity.of(model.components(mixture), self._grid, self._prior)
 
     def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
         """Takes a batch into the running statistics; predictions in label units stay as they were (Pop-Art)."""
@@ -134,18 +153,27 @@ class Regression:
         """The window of the label density, as ever or `fast`."""
         self.density.window_labels = WINDOW_LABELS / FORGETTING if fast else WINDOW_LABELS
 
-    def loss(self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor) -> tuple[Mixture, Tensor]:
-        """The mixtures of rows (B), and the configured loss; labels are in their own units."""
-        mixture = self.model(numeric, categorical)
-        target, others = self.model.labels.standardise(label), self.model.labels.standardise(memory)
-        return mixture, self._loss_of(mixture, target, others, label)
+    def columns(self, numeric: Tensor) -> Tensor:
+        """Standardised columns; see `Task.columns`."""
+        columns: Tensor = self.model.features(numeric)
+        return columns
 
-    def _loss_of(self, mixture: Mixture, target: Tensor, memory: Tensor, label: Tensor) -> Tensor:
-        """The configured loss of rows (B,); `memory` (M,) are further labels, `label` is in its own units."""
+    def targets(self, label: Tensor) -> Tensor:
+        """(B,) float32, standardised."""
+        return self.model.labels.standardise(label)
+
+    def loss(self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor) -> tuple[Mixture, Tensor]:
+        """The mixtures of B rows, and the configured loss."""
+        mixture = self.model.density(columns, categorical)
+        return mixture, self._loss_of(mixture, target, memory)
+
+    def _loss_of(self, mixture: Mixture, target: Tensor, memory: Tensor) -> Tensor:
+        """The configured loss of rows (B,); `memory` (M,) are further labels."""
         name, head = self._loss, self.model.head
         if isinstance(head, MixtureHead):
             if name == "bmc":
                 return density_bmc_loss(mixture, target, memory=memory)
+            label = self.model.labels.restore(target)
             return density_nll_loss(mixture, target, weights=self._grid.log_weight(label).exp().float())
         match name:
             case "bmc":

@@ -1,5 +1,6 @@
 """The buffer of recent rows that replay steps and the label memory are both drawn from."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -45,10 +46,19 @@ class ReplayBuffer:
         self.seen += len(label)
         return slots
 
-    def draw(self, rows: int, random: np.random.Generator) -> NDArray[np.int64]:
-        """Distinct slots of rows held, `rows` of them or as many as there are, in random order."""
-        held = len(self)
-        return random.choice(held, min(rows, held), replace=False)
+    def draw(self, sizes: Sequence[int], random: np.random.Generator) -> list[NDArray[np.int64]]:
+        """Several sets of slots of rows held, in random order: each of distinct ones, as many as asked for or held.
+
+        They are dealt from one shuffled deck for as long as it lasts, as shuffling is what costs time.
+        """
+        held, draws, deck = len(self), [], np.empty(0, np.int64)
+        for number, wanted in enumerate(sizes):
+            size = min(wanted, held)
+            if len(deck) < size:
+                deck = random.choice(held, min(held, sum(sizes[number:])), replace=False)
+            drawn, deck = deck[:size], deck[size:]
+            draws.append(drawn)
+        return draws
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the rows held and the number ever seen."""

@@ -83,10 +83,23 @@ class Task(Protocol):
     def forget(self, fast: bool) -> None:
         """Sets how fast what is known of the labels fades: as ever, or `fast` after a drift."""
 
+    def columns(self, numeric: Tensor) -> Tensor:
+        """Raw columns (B, F), NaN where missing, as the networks take them in training: (B, 2F)."""
+
+    def targets(self, label: Tensor) -> Tensor:
+        """Labels (B,) as `loss` takes them, by the statistics of now."""
+
     def loss(
-        self, numeric: Tensor, categorical: Tensor, label: Tensor, memory: Tensor
+        self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor
     ) -> tuple[Sequence[Tensor], Tensor]:
-        """The network's outputs for rows (B), and their loss, 0-dim; `memory` (M,) are labels of further rows."""
+        """The network's outputs for B rows, and their loss, 0-dim.
+
+        Args:
+            columns: (B, 2F), of `columns`.
+            categorical: (B, C) buckets.
+            target: (B,), of `targets`.
+            memory: (M,), of `targets`: labels of further rows.
+        """
 
     def metrics(self) -> dict[str, Any]:
         """All prequential metrics: by window, then by answer; reads them off the device."""

@@ -1,5 +1,7 @@
 """The benchmark of quality judges as it says, and runs; the streams with a hard start are not lost on."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,19 @@ import torch
 from tests.benchmarks import quality
 from tests.benchmarks.cold_start import STREAMS as HARD
 from tests.benchmarks.cold_start import after_turn, errors
-from tests.benchmarks.quality import BALANCES, STREAMS, best_baselines, judge, measure, settings_of, variants
+from tests.benchmarks.quality import (
+    BALANCES,
+    STREAMS,
+    Job,
+    best_baselines,
+    jobs_of,
+    judge,
+    known,
+    measure,
+    settings_of,
+    variants,
+)
+from trainer.config import BatchSettings
 
 FLIGHTS = STREAMS["flights"]
 
@@ -56,14 +70,37 @@ def test_baselines_are_the_plain_losses_each_with_its_rates_and_weights() -> Non
     assert {head for *_, head in of} == {"gaussian"}
 
 
-def test_it_runs_every_variant_and_seed_on_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs_what_is_not_in_the_file_yet_and_shows_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(quality, "LOSSES", ("l1",))
     monkeypatch.setattr(quality, "AVERAGING", (0.0,))
-    done: list[None] = []
-    runs = measure(STREAMS["diamonds"], 700, 2, lambda: done.append(None))
-    assert (len(done), len(runs)) == (2 * 3, 2 * (2 + len(BALANCES)))
-    assert len({run["constant_balanced_mae"] for run in runs}) == 1
-    assert all(goal.measured > 0 for goal in judge(STREAMS["diamonds"], runs))
+    runs, report = tmp_path / "runs.jsonl", tmp_path / "report.json"
+    jobs = jobs_of(["diamonds"], 700, 2, [])
+    assert len(jobs) == 2 * 3
+    assert known(runs, jobs) == {}
+    lines = [json.dumps({"settings": job.settings(), "results": measure(job)}) for job in jobs]
+    runs.write_text("".join(line + "\n" for line in lines))
+    assert set(known(runs, jobs)) == set(jobs)
+    found = [run for results in known(runs, jobs).values() for run in results]
+    assert len({run["constant_balanced_mae"] for run in found}) == 1
+    assert all(goal.measured > 0 for goal in judge(STREAMS["diamonds"], found))
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    options = "--streams diamonds --rows 700 --seeds 2 --runs", str(runs), "--json", str(report)
+    monkeypatch.setattr("sys.argv", ["quality", *" ".join(options).split()])
+    quality.main()
+    assert "balanced MAE at balance 1" in capsys.readouterr().out
+    assert runs.read_text().count("\n") == len(jobs)  # nothing was done twice
+    assert json.loads(report.read_text())["streams"]["diamonds"]["runs"] == found
+
+
+def test_a_run_with_other_settings_is_another_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs, job = tmp_path / "runs.jsonl", Job("flights", 500, "ours", 0)
+    runs.write_text(json.dumps({"settings": job.settings(), "results": []}) + "\n")
+    assert known(runs, [job, job._replace(seed=1)]) == {job: []}
+    changed = settings_of(FLIGHTS.label, FLIGHTS.features).model_copy(update={"batch": BatchSettings(size=128)})
+    monkeypatch.setattr(quality, "settings_of", lambda label, features: changed)
+    assert known(runs, [job]) == {}
 
 
 @pytest.mark.parametrize("stream", HARD)

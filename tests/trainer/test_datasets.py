@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from trainer.config import SchemaSettings
-from trainer.datasets import DATASETS, FLIGHTS_FEATURES, FLIGHTS_LABEL, diamonds, portal, records, write_jsonl
+from trainer.datasets import DATASETS, FLIGHTS_FEATURES, FLIGHTS_LABEL, diamonds, incomes, portal, records, write_jsonl
 from trainer.errors import ConfigError
 from trainer.schema import FeatureSchema
 
@@ -46,6 +46,14 @@ def test_portal_has_its_rodents_in_the_order_of_capture() -> None:
     rows = portal()
     assert (len(rows), rows["species_id"].nunique()) == (30_738, 24)
     assert rows["year"].is_monotonic_increasing
+
+
+def test_incomes_are_known_and_come_by_year() -> None:
+    rows = incomes()
+    assert len(rows) == 37_887
+    assert rows["year"].is_monotonic_increasing
+    assert (rows["income"] > 0).all()
+    assert rows.equals(incomes())
 
 
 def test_tables_become_json_with_nulls_and_whole_numbers(tmp_path: Path) -> None:

@@ -351,7 +351,7 @@ def test_the_balanced_loss_learns_the_rare_labels(features: dict[str, str] | Non
         found[loss] = trained(given_settings, make_batches(given_settings, 4000)).read().metrics["whole"]
     balanced, natural = found["bmc"]["1"], found["bmc"]["0"]
     if features:  # by the size alone a rare row is one of many ordinary ones, and plain regression leaves it
-        assert balanced["balanced_mae"] < 0.9 * found["mse"]["0"]["balanced_mae"]
+        assert balanced["balanced_mae"] < 0.97 * found["mse"]["0"]["balanced_mae"]
     else:
         assert balanced["balanced_mae"] < 0.5 * found["bmc"]["median"]["balanced_mae"]
         assert natural["mae"] < 0.5 * found["bmc"]["median"]["mae"]

@@ -44,21 +44,25 @@ def test_it_holds_the_newest_rows_as_a_bounded_queue_does(capacity: int, sizes: 
     assert buffer.seen == sum(sizes)
 
 
-@given(st.integers(1, 12), st.integers(0, 30), st.integers(0, 20), st.integers(0, 99))
+@given(st.integers(1, 12), st.integers(0, 30), st.lists(st.integers(0, 20), max_size=5), st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
-def test_what_is_drawn_is_distinct_and_held(capacity: int, rows: int, wanted: int, seed: int) -> None:
+def test_what_is_drawn_is_distinct_and_held(capacity: int, rows: int, wanted: list[int], seed: int) -> None:
     buffer = make(capacity)
     add(buffer, 0, rows)
-    drawn = buffer.draw(wanted, np.random.default_rng(seed)).tolist()
-    assert len(drawn) == len(set(drawn)) == min(wanted, len(buffer))
-    assert all(0 <= slot < len(buffer) for slot in drawn)
-    assert drawn == buffer.draw(wanted, np.random.default_rng(seed)).tolist()
+    sets = buffer.draw(wanted, np.random.default_rng(seed))
+    assert [len(drawn) for drawn in sets] == [min(size, len(buffer)) for size in wanted]
+    for drawn in sets:
+        assert len(set(drawn.tolist())) == len(drawn)
+        assert all(0 <= slot < len(buffer) for slot in drawn)
+    again = buffer.draw(wanted, np.random.default_rng(seed))
+    assert [drawn.tolist() for drawn in sets] == [drawn.tolist() for drawn in again]
 
 
 def test_every_row_is_drawn_about_as_often() -> None:
     buffer, random = make(20), np.random.default_rng(0)
     add(buffer, 0, 50)
-    counts = np.bincount(np.concatenate([buffer.draw(5, random) for _ in range(2000)]), minlength=20)
+    drawn = [slots for _ in range(1000) for slots in buffer.draw([5, 5], random)]
+    counts = np.bincount(np.concatenate(drawn), minlength=20)
     assert abs(counts - 500).max() < 5 * np.sqrt(500)
 
 
