@@ -12,6 +12,8 @@ RECORDS    ?= 200000
 PARTITIONS ?= 1
 SECONDS    ?= 3600
 SEEDS      ?= 3
+JOBS       ?= 1
+RUNS       ?= quality-runs.jsonl
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 bin := $(VENV)/bin
@@ -58,8 +60,9 @@ bench-serve: install ## POST /predict beside an echo, under overload, training a
 bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.synthetic $(json)
 
-bench-quality: install ## Errors on real streams beside plain losses, an hour (JSON=FILE ROWS=60000 SEEDS=3 STREAMS=a,b)
-	$(bin)/python -m tests.benchmarks.quality $(if $(ROWS),--rows $(ROWS)) --seeds $(SEEDS) $(if $(STREAMS),--streams "$(STREAMS)") $(json)
+bench-quality: install ## Errors on real streams beside plain losses and other libraries, an hour; goes on where it was stopped (JSON=FILE RUNS=FILE JOBS=1 ROWS=60000 SEEDS=3 STREAMS=a,b)
+	$(bin)/pip install -q -e '.[rivals]'
+	$(bin)/python -m tests.benchmarks.quality --runs $(RUNS) --jobs $(JOBS) $(if $(ROWS),--rows $(ROWS)) --seeds $(SEEDS) $(if $(STREAMS),--streams "$(STREAMS)") $(json)
 
 bench-cold-start: install ## Errors on the first rows of streams with a hard start (JSON=FILE SEEDS=3)
 	$(bin)/python -m tests.benchmarks.cold_start --seeds $(SEEDS) $(json)

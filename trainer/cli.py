@@ -21,6 +21,7 @@ class DatasetName(StrEnum):
     flights = "flights"
     diamonds = "diamonds"
     portal = "portal"
+    incomes = "incomes"
 
 
 @explained

@@ -23,7 +23,7 @@ class Regressor(NamedTuple):
 
 
 def river_linear(features: Mapping[str, str], seed: int) -> Regressor:
-    """Linear regression by stochastic gradient descent: numbers standardised, categories one-hot, label standardised."""
+    """Linear regression by stochastic gradient descent: numbers standardised, categories one-hot."""
     from river import linear_model, preprocessing
 
     scaler, model = preprocessing.StandardScaler(), preprocessing.TargetStandardScaler(linear_model.LinearRegression())

@@ -144,18 +144,12 @@ class Job(NamedTuple):
 
 
 def jobs_of(streams: Sequence[str], rows: int, seeds: int, libraries: Iterable[str]) -> list[Job]:
-    """All runs there are to do; those of a library whose result is always the same have one seed."""
+    """All runs there are to do, seed by seed; libraries have one seed, as most of them are not random."""
     found = []
-    for name in streams:
+    for seed, name in itertools.product(range(seeds), streams):
         stream = STREAMS[name]
-        several = [
-            *variants(settings_of(stream.label, stream.features)),
-            *(x for x in libraries if x in SLOW_LIBRARIES),
-        ]
-        once = [library for library in libraries if library in LIBRARIES]
-        found += [Job(name, rows, variant, seed) for seed in range(seeds) for variant in several]
-        found += [Job(name, rows, library, 0) for library in once]
-    return found
+        found += [Job(name, rows, variant, seed) for variant in variants(settings_of(stream.label, stream.features))]
+    return [*found, *(Job(name, rows, library, 0) for library in libraries for name in streams)]
 
 
 @functools.cache
