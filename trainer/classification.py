@@ -127,7 +127,9 @@ class Classification:
         """(B,) int64, the numbers of the classes."""
         return label.long()
 
-    def loss(self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor) -> tuple[Logits, Tensor]:
+    def loss(
+        self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor, memory_weight: float
+    ) -> tuple[Logits, Tensor]:
         """The logits of B rows, and the configured loss."""
         logits = self.model.classify(columns, categorical)
         return logits, self._loss_of(logits, target)

@@ -42,6 +42,7 @@ TASK_DEFAULTS: Final[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {
             "label_memory": 0,
             "step_rows": 16,
             "replay_steps": 1,
+            "replay_warm_up_rows": 0,
             "replay_rows": 4096,
         },
         "model": {"head": "linear", "hidden": [256, 256]},
@@ -250,6 +251,12 @@ class LearnerSettings(_Table):
         description="Steps on rows of the replay buffer after each batch. `auto` takes them while no batch is waiting, "
         "up to two rows for each new one, and none while the trainer is behind; what is learned then depends on the "
         "clock.",
+    )
+    replay_warm_up_rows: int = Field(
+        default=4096,
+        ge=0,
+        description="Until so many rows were seen there are more replay steps, the fewer rows the more, up to eight "
+        "times as many; 0 for never. Not with `auto`.",
     )
     replay_rows: int = Field(default=16384, ge=1, description="Rows that the replay buffer holds.")
     label_memory: int = Field(

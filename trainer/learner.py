@@ -24,6 +24,7 @@ from trainer.task import Network, Noise, Task
 SCORE_DECAY: Final = 0.9  # of the log scores by which the averaged or the current weights are chosen, per batch
 LOSS_WEIGHT: Final = 0.01  # of one step in the fading training loss
 DRIFT_RATE: Final = 3.0  # times the learning rate after a drift, where that is asked for
+WARM_UP_TIMES: Final = 8.0  # as many replay steps a batch, at most, while few rows have been seen
 REPLAY_SHARE: Final = 2  # rows replayed for each new one, at most, where the time for it decides
 REPLAY_BACKLOG_STEPS: Final = 64  # replay steps that are made up for after a time without any
 AVERAGING_WARM_UP: Final = 10  # steps
@@ -142,7 +143,9 @@ class Learner:
             most = REPLAY_BACKLOG_STEPS * rows
             self._replay_rows_due = min(self._replay_rows_due + REPLAY_SHARE * len(batch), most)
         else:
-            steps += self.replay.draw([rows] * self._settings.replay_steps, self._random)
+            more = self._settings.replay_warm_up_rows / self.replay.seen
+            replays = round(self._settings.replay_steps * min(max(1.0, more), WARM_UP_TIMES))
+            steps += self.replay.draw([rows] * replays, self._random)
         self._learn(steps)
         self.samples += len(batch)
         self._batches += 1
@@ -210,7 +213,8 @@ class Learner:
 
     def _update(self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor) -> None:
         """One optimiser step; see `Task.loss`."""
-        outputs, loss = self.task.loss(columns, categorical, target, memory)
+        stands_for = max(1.0, (len(self.replay) - len(target)) / max(1, len(memory)))
+        outputs, loss = self.task.loss(columns, categorical, target, memory, stands_for)
         self._weights.zero_grad()
         for sigma, _ in self._sigma:
             sigma.grad = None

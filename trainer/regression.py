@@ -162,17 +162,19 @@ class Regression:
         """(B,) float32, standardised."""
         return self.model.labels.standardise(label)
 
-    def loss(self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor) -> tuple[Mixture, Tensor]:
+    def loss(
+        self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor, memory_weight: float
+    ) -> tuple[Mixture, Tensor]:
         """The mixtures of B rows, and the configured loss."""
         mixture = self.model.density(columns, categorical)
-        return mixture, self._loss_of(mixture, target, memory)
+        return mixture, self._loss_of(mixture, target, memory, memory_weight)
 
-    def _loss_of(self, mixture: Mixture, target: Tensor, memory: Tensor) -> Tensor:
+    def _loss_of(self, mixture: Mixture, target: Tensor, memory: Tensor, memory_weight: float) -> Tensor:
         """The configured loss of rows (B,); `memory` (M,) are further labels."""
         name, head = self._loss, self.model.head
         if isinstance(head, MixtureHead):
             if name == "bmc":
-                return density_bmc_loss(mixture, target, memory=memory)
+                return density_bmc_loss(mixture, target, memory=memory, memory_weight=memory_weight)
             label = self.model.labels.restore(target)
             return density_nll_loss(mixture, target, weights=self._grid.log_weight(label).exp().float())
         match name:

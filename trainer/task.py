@@ -90,7 +90,7 @@ class Task(Protocol):
         """Labels (B,) as `loss` takes them, by the statistics of now."""
 
     def loss(
-        self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor
+        self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor, memory_weight: float
     ) -> tuple[Sequence[Tensor], Tensor]:
         """The network's outputs for B rows, and their loss, 0-dim.
 
@@ -99,6 +99,7 @@ class Task(Protocol):
             categorical: (B, C) buckets.
             target: (B,), of `targets`.
             memory: (M,), of `targets`: labels of further rows.
+            memory_weight: how many rows of the replay buffer each of them stands for.
         """
 
     def metrics(self) -> dict[str, Any]:

@@ -202,9 +202,9 @@ def spied(monkeypatch: pytest.MonkeyPatch, variant: str) -> list[tuple[Tensor, T
     calls: list[tuple[Tensor, Tensor]] = []
     real = getattr(trainer.regression, BALANCED[variant])
 
-    def spy(prediction: Any, target: Tensor, *sigma: Tensor, memory: Tensor) -> Tensor:
+    def spy(prediction: Any, target: Tensor, *sigma: Tensor, memory: Tensor, **weight: float) -> Tensor:
         calls.append((target.clone(), memory.clone()))
-        loss: Tensor = real(prediction, target, *sigma, memory=memory)
+        loss: Tensor = real(prediction, target, *sigma, memory=memory, **weight)
         return loss
 
     monkeypatch.setattr(trainer.regression, BALANCED[variant], spy)
@@ -253,6 +253,16 @@ def test_a_step_waits_for_the_device_nowhere(variant: str) -> None:
     batches = make_batches(given_settings, 3 * 32)
     learner = trained(given_settings, batches, torch.device("meta"))
     assert learner.steps == 3 * 4
+
+
+def test_there_is_more_replay_while_few_rows_were_seen() -> None:
+    given_settings = make_settings(learner={"replay_steps": 1, "replay_warm_up_rows": 320})
+    learner, steps = make_learner(given_settings), [0]
+    for batch in make_batches(given_settings, 12 * 32):
+        learner.step(batch)
+        steps.append(learner.steps)
+    # Two steps on the fresh rows; then one as many times as 320 rows are times those seen: 10, capped at 8, 5, 3.3, ...
+    assert np.diff(steps).tolist() == [2 + n for n in (8, 5, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1)]
 
 
 def test_replay_by_the_clock_takes_up_to_two_rows_for_each_new_one() -> None:

@@ -36,6 +36,7 @@ def density_bmc_loss(
     *,
     memory: Tensor | None = None,
     memory_log_weights: Tensor | None = None,
+    memory_weight: float = 1.0,
     row_scale: Tensor | None = None,
     location_weight: float = LOCATION_WEIGHT,
     reduction: Reduction = "mean",
@@ -51,6 +52,8 @@ def density_bmc_loss(
         target: (B,) labels, standardised. Each is a candidate exactly once.
         memory: (M,) further candidates, standardised, the rows' own not among them.
         memory_log_weights: (M,) log of each candidate's weight beside the batch's 0; -inf = masked out.
+        memory_weight: How often each label of the memory counts, where they are a sample of more: a rare label counts
+            once among the batch's, and with few candidates that alone would be all there is to its row's normaliser.
         row_scale: (B,) or 0-dim S, used without its gradient; None for the mixture's own standard deviation, without
             which rows would count by 1 / sigma^2.
         location_weight: Of the squared error of the location.
@@ -64,7 +67,16 @@ def density_bmc_loss(
     """
     target = _labels_like(mixture, target)
     labels, log_weights = candidate_labels(target, memory, memory_log_weights)
-    return _density_loss(mixture, target, (labels, log_weights), None, row_scale, location_weight, reduction)
+    return _density_loss(
+        mixture,
+        target,
+        (labels, log_weights),
+        None,
+        row_scale,
+        location_weight,
+        reduction,
+        (0 if memory is None else len(memory), memory_weight),
+    )
 
 
 def density_nll_loss(
@@ -118,6 +130,7 @@ def _density_loss(
     row_scale: Tensor | None,
     location_weight: float,
     reduction: Reduction,
+    memory: tuple[int, float] = (0, 1.0),
 ) -> Tensor:
     """Mask what is not finite, and reduce the losses of the rows; without candidates they are likelihoods."""
     labels, log_weights = (None, None) if candidates is None else candidates
@@ -126,11 +139,15 @@ def _density_loss(
     if log_weights is None and kernel.takes(*mixture, target) and mixture.means.shape[1] <= kernel.MOST_COMPONENTS:
         scales = None if scale is None else scale.expand_as(target)
         share = 1 / len(target) if average else 1.0
-        known = kernel.mixture_rows(*mixture, target, labels, scales, factors, location_weight, share)
+        known = kernel.mixture_rows(*mixture, target, labels, scales, factors, *memory, location_weight, share)
         if known is not None:
             rows, mean, *gradients = known
             loss: Tensor = _KnownGradients.apply(*mixture, mean if average else rows, gradients)  # type: ignore[no-untyped-call]
             return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
+    memory_rows, memory_weight = memory
+    if labels is not None and memory_rows and memory_weight != 1.0:
+        log_weights = labels.new_zeros(len(labels)) if log_weights is None else log_weights.clone()
+        log_weights[-memory_rows:] += math.log(memory_weight)
     keep = None
     # Only a CPU may look at the numbers, and then spares the common case all masking.
     clean = target.device.type == "cpu"

@@ -78,15 +78,29 @@ static inline float nearest_distance(const float *labels, int64_t count, float m
   return least;
 }
 
+/* `gaussian_sums` where labels from `count` on, up to `candidates`, count `weight` times. */
+static inline Moments weighted_sums(const float *labels, int64_t count, int64_t candidates, double weight, float mean,
+                                    float factor, float shift) {
+  Moments sums = gaussian_sums(labels, count, mean, factor, shift);
+  if (candidates > count) {
+    Moments others = gaussian_sums(labels + count, candidates - count, mean, factor, shift);
+    sums.zeroth += weight * others.zeroth;
+    sums.first += weight * others.first;
+    sums.second += weight * others.second;
+  }
+  return sums;
+}
+
 /* `density.py`'s losses of rows and their gradients. Without labels the loss is the likelihood.
  *
- * scales and weights may be NULL: for the mixture's own standard deviation, and for 1. `share` multiplies the
+ * The first `unweighted` candidates count once, the others `other_weight` times. scales and weights may be NULL: for the mixture's own standard deviation, and for 1. `share` multiplies the
  * gradients: 1 over the rows for those of the mean. Returns 1, or 0 if any number came out not finite; the outputs are
  * then not to be used. */
-int mixture_rows(int64_t rows, int64_t components, int64_t candidates, const float *log_weights, const float *means,
-                 const float *log_scales, const float *location, const float *target, const float *labels,
-                 const float *scales, const float *weights, float location_weight, float share, float *loss,
-                 float *mean_loss, float *by_log_weights, float *by_means, float *by_log_scales, float *by_location) {
+int mixture_losses(int64_t rows, int64_t components, int64_t candidates, int64_t unweighted, const float *log_weights,
+                   const float *means, const float *log_scales, const float *location, const float *target,
+                   const float *labels, const float *scales, const float *weights, float other_weight,
+                   float location_weight, float share, float *loss, float *mean_loss, float *by_log_weights,
+                   float *by_means, float *by_log_scales, float *by_location) {
   double loss_sum = 0;
   float base[MOST_COMPONENTS], precision[MOST_COMPONENTS], own[MOST_COMPONENTS];
   Moments sums[MOST_COMPONENTS];
@@ -132,7 +146,8 @@ int mixture_rows(int64_t rows, int64_t components, int64_t candidates, const flo
       total = 0;
       for (int64_t k = 0; k < components; k++) {
         double height = expf(base[k] - peak);
-        sums[k] = gaussian_sums(labels, candidates, mean[k], -0.5f * LOG2_E * precision[k], 0);
+        float factor = -0.5f * LOG2_E * precision[k];
+        sums[k] = weighted_sums(labels, unweighted, candidates, other_weight, mean[k], factor, 0);
         sums[k].zeroth *= height, sums[k].first *= height, sums[k].second *= height;
         total += sums[k].zeroth;
       }
@@ -148,7 +163,8 @@ int mixture_rows(int64_t rows, int64_t components, int64_t candidates, const flo
         total = 0;
         for (int64_t k = 0; k < components; k++) {
           float shift = (float)(LOG2_E * (double)(base[k] - peak) - highest);
-          sums[k] = gaussian_sums(labels, candidates, mean[k], -0.5f * LOG2_E * precision[k], shift);
+          float factor = -0.5f * LOG2_E * precision[k];
+          sums[k] = weighted_sums(labels, unweighted, candidates, other_weight, mean[k], factor, shift);
           total += sums[k].zeroth;
         }
       }

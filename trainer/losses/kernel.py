@@ -19,14 +19,15 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # tensors with memory of their own
 
 
 def load(path: Path) -> ctypes.CDLL | None:
-    """The library at a path, or None if it is not there or not for this machine."""
+    """The library at a path, or None if it is not there, of another version, or not for this machine."""
     try:
         library = ctypes.CDLL(str(path))
-    except OSError:
+        mixture_losses = library.mixture_losses
+    except (OSError, AttributeError):
         return None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.mixture_rows.argtypes = [count] * 3 + [pointer] * 8 + [number] * 2 + [pointer] * 6
-    library.mixture_rows.restype = ctypes.c_int
+    mixture_losses.argtypes = [count] * 4 + [pointer] * 8 + [number] * 3 + [pointer] * 6
+    mixture_losses.restype = ctypes.c_int
     library.mixture_parts.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 4
     library.mixture_outputs.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 6
     library.shifted_rows.argtypes = [count] * 2 + [pointer] * 4 + [number] + [pointer] * 3
@@ -59,6 +60,8 @@ def mixture_rows(
     labels: Tensor | None,
     scales: Tensor | None,
     weights: Tensor | None,
+    memory_rows: int,
+    memory_weight: float,
     location_weight: float,
     share: float,
 ) -> tuple[Tensor, ...] | None:
@@ -73,6 +76,8 @@ def mixture_rows(
         labels: (M,) candidates, the labels among them, or None for the likelihood.
         scales: (B,) factors of the rows, or None for the mixtures' standard deviations.
         weights: (B,) further factors, or None for 1.
+        memory_rows: How many candidates, at the end, count `memory_weight` times.
+        memory_weight: See there.
         location_weight: Of the squared error of the location.
         share: Multiplies the gradients.
 
@@ -84,10 +89,12 @@ def mixture_rows(
     given = [None if t is None else t.contiguous() for t in (target, labels, scales, weights)]
     parts = [t.detach().contiguous() for t in (log_weights, means, log_scales, location)]
     outputs = torch.empty_like(parts[3]), parts[3].new_empty(()), *(torch.empty_like(part) for part in parts)
-    finite = _library.mixture_rows(
+    finite = _library.mixture_losses(
         *means.shape,
         0 if labels is None else len(labels),
+        0 if labels is None else len(labels) - memory_rows,
         *(None if t is None else t.data_ptr() for t in (*parts, *given)),
+        memory_weight,
         location_weight,
         share,
         *(t.data_ptr() for t in outputs),

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,32 @@ def test_loss_and_gradients_are_those_of_autograd(rows, components, memory, outl
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
         # In float32 an outlier's exponent of thousands rounds at 1e-4 of a unit.
         torch.testing.assert_close(c.double(), a, rtol=1e-4, atol=1e-5 * (1 + float(a.abs().max())))
+
+
+@pytest.mark.parametrize("far", [0.0, 60.0])
+def test_a_memory_that_stands_for_more_labels_counts_so_often(far: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    target, memory = torch.randn(620, generator=generator).split([20, 600])
+    target[0] += far
+    weights = torch.full((600,), 32.0)
+    results = []
+    for dtype, loss_of in (
+        (torch.float64, lambda m, t, y: naive_density_bmc(m, t, y, weights.double().log())),
+        (torch.float64, lambda m, t, y: density_bmc_loss(m, t, memory=y, memory_weight=32.0)),
+        (torch.float32, lambda m, t, y: density_bmc_loss(m, t, memory=y, memory_weight=32.0)),
+        (
+            torch.float32,
+            lambda m, t, y: density_bmc_loss(
+                m, t, memory=y, memory_log_weights=weights.log() - math.log(4.0), memory_weight=4.0
+            ),
+        ),
+    ):
+        head = [x.detach().to(dtype).requires_grad_() for x in make_head(20, 4, seed=1)]
+        loss = loss_of(mixture_of(head), target.to(dtype), memory.to(dtype))
+        results.append([loss.detach().double(), *(g.double() for g in torch.autograd.grad(loss, head))])
+    for values in results[1:]:
+        for found, right in zip(values, results[0], strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5 * (1 + float(right.abs().max())))
 
 
 @pytest.mark.parametrize("loss", ["bmc", "nll"])
