@@ -294,16 +294,21 @@ class Consumer:
         ]
 
     def _lost(self, error: Exception) -> str:
-        bounds = []
-        with suppress(kafka.errors.KafkaError):
-            begin = self._consumer.beginning_offsets(list(self._assigned.values()))
-            for part, first in begin.items():
-                next_offset = self.position(part.partition)
-                bounds.append(f"partition {part.partition} begins at {first}, next to read is {next_offset}")
-        return (
-            f"topic {self._settings.topic!r} no longer holds what to resume from ({'; '.join(bounds) or error}); "
-            'set kafka.on_lost_offsets = "earliest" or "latest" to go on without them, or give a new store.url'
+        beyond, before = [], []
+        with suppress(kafka.errors.KafkaError, BrokerUnavailable):
+            for partition, (first, end) in self.bounds().items():
+                next_offset = self.position(partition)
+                if next_offset > end:
+                    beyond.append(f"partition {partition} ends at {end}, next to read is {next_offset}")
+                elif next_offset < first:
+                    before.append(f"partition {partition} begins at {first}, next to read is {next_offset}")
+        advice = (
+            "it was cut back or made again: restore it, or give a new store.url"
+            if beyond
+            else 'set kafka.on_lost_offsets = "earliest" or "latest" to go on without them, or give a new store.url'
         )
+        where = "; ".join([*beyond, *before]) or error
+        return f"topic {self._settings.topic!r} no longer holds what to resume from ({where}); {advice}"
 
     def position(self, partition: int) -> int:
         """Offset of the next record of an assigned partition."""

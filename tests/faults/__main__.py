@@ -19,18 +19,20 @@ def main() -> int:
     seen = []
     with tempfile.TemporaryDirectory(prefix="tailstream-faults-") as folder:
         ground = ground_or_leave(parser, Path(folder))
-        for case in CASES:
-            if options.only not in case.name:
-                continue
-            began = time.monotonic()
-            try:
-                found = case.run(ground)
-            except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            seen.append({"name": case.name, "expected": case.expected, "seen": found})
-            verdict = "ok  " if found == case.expected else "FAIL"
-            print(f"{verdict} {time.monotonic() - began:5.1f} s  {case.name}: {found}", flush=True)
-        ground.close()
+        try:
+            for case in CASES:
+                if options.only not in case.name:
+                    continue
+                began = time.monotonic()
+                try:
+                    found = case.run(ground)
+                except Exception as error:
+                    found = f"{type(error).__name__}: {error}"
+                seen.append({"name": case.name, "expected": case.expected, "seen": found})
+                verdict = "ok  " if found == case.expected else "FAIL"
+                print(f"{verdict} {time.monotonic() - began:5.1f} s  {case.name}: {found}", flush=True)
+        finally:
+            ground.close()
     if options.json:
         options.json.write_text(json.dumps({"cases": seen}, indent=1) + "\n")
     return int(any(case["expected"] != case["seen"] for case in seen))

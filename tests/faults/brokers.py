@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 import urllib.request
 from contextlib import closing
@@ -323,6 +324,45 @@ def another_cluster(ground: Ground) -> str:
     trainer = Trainer(config)
     wait_until_consumed(settings, 200, trainer)
     return f"exit {code} {named}; with the first back: {outcome(settings, trainer)}"
+
+
+@case(
+    "broker restored from an older copy of its disk",
+    "exit 4 naming both offsets, whatever on_lost_offsets says; 200 records, each once",
+)
+def broker_restored(ground: Ground) -> str:
+    config, settings = ground.settings()
+    send(settings, rows(100))
+    ground.kafka.stop()
+    data, copy = ground.folder / "kafka" / "data", ground.folder / "copy"
+    shutil.copytree(data, copy)
+    ground.kafka.start()
+    send(settings, rows(100, seed=1))
+    trainer = Trainer(config)
+    wait_until_consumed(settings, 200, trainer)
+    assert trainer.stop() == 0
+    ground.kafka.stop()
+    shutil.rmtree(data)
+    copy.rename(data)
+    ground.kafka.start()
+    codes, named = set(), set()
+    for policy in ("fail", "earliest", "latest"):
+        text = config.read_text().replace("[kafka]", f'[kafka]\non_lost_offsets = "{policy}"', 1)
+        (config.parent / policy).mkdir()
+        config_of_policy = config.parent / policy / config.name
+        config_of_policy.write_text(text)
+        trainer = Trainer(config_of_policy)
+        codes.add(trainer.wait())
+        log = trainer.log.read_text()
+        named.add(bool(re.search(r"partition 0,? ends at 100,.* 200\b", log)))
+    snapshot = newest(settings)
+    assert snapshot is not None
+    once = "each once" if each_once(snapshot.manifest.partitions[0]) else "NOT each once"
+    told = "naming both offsets" if named == {True} else "WITHOUT both offsets"
+    return (
+        f"exit {' '.join(map(str, sorted(codes)))} {told}, whatever on_lost_offsets says; "
+        f"{consumed(snapshot.manifest)} records, {once}"
+    )
 
 
 @case("compacted topic", "every key's last record trained, offsets have gaps, counters agree")
