@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from tests.browser.chromium import EXECUTABLE, Watched, chromium
 from tests.browser.chromium import watched as watched_page
 from tests.service.store import make_settings
 from trainer.config import Settings
+
+# By default 5 s, which a machine that has much else to do may need for a page.
+expect.set_options(timeout=30_000)
 
 
 @dataclass
@@ -44,8 +47,9 @@ def report(report_file: Path | None) -> Iterator[Report]:
         report_file.write_text(json.dumps(dataclasses.asdict(report), indent=1) + "\n")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Gone before other modules' tests: while Playwright runs, its event loop does, and there can be no other."""
     if EXECUTABLE is None:
         pytest.skip("there is no chromium (Debian's package of that name)")
     with chromium() as browser:

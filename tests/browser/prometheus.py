@@ -16,7 +16,7 @@ from service.broker import free_port
 DOCKER = Path(__file__).parents[2] / "docker"
 EXECUTABLE = shutil.which("prometheus")
 SCRAPE_S = 1
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 class Prometheus:

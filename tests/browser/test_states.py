@@ -12,10 +12,10 @@ from playwright.sync_api import Browser, Page, expect
 from tests.browser.chromium import watched as watched_page
 from tests.browser.conftest import Report
 from tests.service.conftest import running
-from tests.service.store import METRICS, make_settings, write_snapshot
-from tests.service.test_classes import class_settings
-from tests.service.test_classes import write as write_classes
+from tests.service.store import METRICS, learned, make_settings, write_learned, write_snapshot
 from trainer.config import Settings
+
+pytestmark = pytest.mark.timeout(300)
 
 LIGHT = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"}
 PHONE = {"width": 360, "height": 740}
@@ -76,8 +76,9 @@ def test_live(settings: Settings, page: Page, report: Report) -> None:
 
 
 def test_classes(tmp_path: Path, page: Page, report: Report) -> None:
-    settings = class_settings(tmp_path / "store")
-    write_classes(settings, 128, newest=[{"time_s": 1.0, "label": "late", "prediction": "on time"}])
+    settings = make_settings(tmp_path / "store", task="classification")
+    newest = [{"time_s": 1.0, "label": "late", "prediction": "on time"}]
+    write_learned(settings, learned(settings, 128), newest=newest)
     with running(settings) as client:
         page.goto(str(client.base_url))
         expect(page.locator("#answer .point")).to_be_visible()

@@ -25,6 +25,21 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
+def test_names_that_others_rely_on_stay() -> None:
+    """What people's own dashboards and alerts ask for; a name that is changed here breaks them."""
+    trainer = """train_loss noise_sigma noise_sigma_label_units train_samples_total train_samples_per_second
+        train_steps_total train_step_seconds_bucket records_rejected_total consumer_lag_records freshness_seconds
+        prequential_mae prequential_balanced_mae prequential_coverage nonfinite_steps_total snapshot_seconds
+        snapshot_bytes snapshot_failures_total"""
+    service = """model_version model_age_seconds model_healthy model_loss model_noise_sigma
+        model_noise_sigma_label_units model_samples model_samples_per_second model_prequential_mae predictions_total
+        predict_queue_length http_requests_total http_request_duration_seconds_bucket"""
+    known = set(_series(TrainerMetrics().registry))
+    assert {f"tailstream_{name}" for name in trainer.split()} <= known
+    known = set(_series(ServiceMetrics(lambda: None, lambda: 0, lambda: None).registry))
+    assert {f"tailstream_{name}" for name in service.split()} <= known
+
+
 def test_every_metric_that_is_asked_for_exists() -> None:
     known = {
         *_series(TrainerMetrics().registry),

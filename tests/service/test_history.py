@@ -60,5 +60,5 @@ def test_kept_manifests_are_of_this_task_and_readable(settings: Settings) -> Non
     store = SnapshotStore(settings.store.path)
     assert list(kept_manifests(store, "regression")) == []
     written = [write_snapshot(settings), write_snapshot(settings), write_snapshot(settings, task="classification")]
-    (store.folder(written[1].version) / "manifest.json").write_text("torn")
+    (settings.store.path / f"{written[1].version:08d}" / "manifest.json").write_text("torn")
     assert [found.version for found in kept_manifests(store, "regression")] == [written[0].version]
