@@ -1,5 +1,6 @@
 """How the service is started and stopped: the address first, then uvicorn."""
 
+import gc
 import signal
 import socket
 import ssl
@@ -62,6 +63,9 @@ def answer_at(listener: socket.socket, settings: Settings) -> None:
     from service.app import create_app  # and torch, which a process that only watches workers does without
 
     server = Server(server_config(create_app(settings), settings.service))
+    # What has been imported and made stays: a collection that looks through all of it would hold up every request.
+    gc.collect()
+    gc.freeze()
 
     # uvicorn raises the signal again once it has stopped; a handler of our own makes that an orderly return.
     def stop(number: int, frame: FrameType | None) -> None:

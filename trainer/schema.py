@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from operator import attrgetter
 from typing import Annotated, Any, Final, NamedTuple, Self
 
@@ -141,7 +142,7 @@ class FeatureSchema:
                 numeric = [self._widen(values) for values in numeric]
             except RecordError as error:
                 raise self._first_fault(instances) from error
-        values = np.array(numeric, dtype=np.float64).reshape(count, len(self.numeric_columns))
+        values = _array(numeric).reshape(count, len(self.numeric_columns))
         if np.count_nonzero(np.abs(values) > FLOAT32_MAX):
             raise self._first_fault(instances)
         buckets = [
@@ -385,6 +386,14 @@ def _struct(name: str, table: dict[str, Any], path: str, attribute: str, attribu
             attributes[inner_path] = inner_attribute
             fields.append((field, leaf, None))
     return msgspec.defstruct(name, fields, rename=keys, frozen=True, gc=False)
+
+
+def _array(rows: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
+    """All numbers of the rows, one after the other; NaN for None."""
+    try:
+        return np.fromiter(chain.from_iterable(rows), np.float64)
+    except TypeError:  # there is a None, and the slower way it is
+        return np.array(rows, dtype=np.float64)
 
 
 def _walk(record: Any, attribute: str) -> Any:

@@ -21,7 +21,6 @@ from service.broker import free_port
 from service.children import Child
 from tests.service.conftest import until
 from tests.service.store import make_settings, write_snapshot
-from tests.service.test_classes import class_settings, write
 from trainer.config import Settings
 
 KEY = "a-long-key-1"
@@ -38,9 +37,9 @@ def main() -> None:
         folder = Path(name)
         (folder / "keys").write_text(f"fuzz:{KEY}\n")
         numbers = make_settings(folder / "numbers", api_keys_file=str(folder / "keys"), metrics_need_key=True)
-        classes = class_settings(folder / "classes")
+        classes = make_settings(folder / "classes", task="classification")
         write_snapshot(numbers)
-        write(classes)
+        write_snapshot(classes)
         services = {"numbers": numbers, "classes": classes}
         found = {task: fuzz(folder, task, of, arguments.seconds // len(services)) for task, of in services.items()}
     report: dict[str, Any] = {

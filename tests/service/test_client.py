@@ -13,8 +13,7 @@ import pytest
 
 from service.app import create_app
 from tests.service.conftest import running
-from tests.service.store import instance, make_settings
-from tests.service.test_classes import class_settings, write
+from tests.service.store import instance, make_settings, write_snapshot
 
 Part = Callable[[str], ModuleType]
 
@@ -75,8 +74,9 @@ def test_a_generated_client_asks_whatever_there_is(
 
 def test_a_generated_client_of_classes_with_a_key(tmp_path: Path, generate: Callable[[httpx.Client], Part]) -> None:
     (tmp_path / "keys").write_text("alice:a-long-key-1\n")
-    settings = class_settings(tmp_path / "store", api_keys_file=str(tmp_path / "keys"), metrics_need_key=True)
-    write(settings)
+    keys = {"api_keys_file": str(tmp_path / "keys"), "metrics_need_key": True}
+    settings = make_settings(tmp_path / "store", task="classification", **keys)
+    write_snapshot(settings)
     with running(settings) as client:
         part = generate(client)
         models, clients = part("models"), part("client")

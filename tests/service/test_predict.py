@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from service.answers import Asked
 from service.predictor import Predictor, Question
+from service.schemas import NARROWEST_INTERVAL, WIDEST_INTERVAL
 from tests.service.conftest import running
 from tests.service.store import answer_of, columns_of, in_process, instance, make_settings, write_snapshot
 from trainer.calibration import LevelCalibration
 from trainer.config import Settings
 from trainer.predictive import Predictive
-from trainer.schema import Columns, FeatureSchema
+from trainer.schema import FLOAT32_MAX, Columns, FeatureSchema
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixture": {},
@@ -130,6 +131,51 @@ def test_concurrent_requests_do_not_touch_each_other(
     for numbers, asked, response in asyncio.run(ask_all()):
         assert response.status_code == 200
         assert response.json() == answer_of(predictor, picked(columns, numbers), asked)
+
+
+NUMBERS = st.none() | st.integers(-1000, 1000) | st.floats(-FLOAT32_MAX, FLOAT32_MAX)
+INSTANCES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dep_delay": NUMBERS,
+        "weather": st.none() | st.fixed_dictionaries({}, optional={"wind": NUMBERS}),
+        "carrier": st.none() | st.text() | st.integers() | st.floats(-1e9, 1e9) | st.booleans(),
+        "cancelled": st.none() | st.booleans(),
+        "time_hour": st.none() | st.datetimes().map(lambda time: time.isoformat()) | st.integers(0, 2**41),
+        "sensors": st.none() | st.lists(st.floats(-FLOAT32_MAX, FLOAT32_MAX), min_size=3, max_size=3),
+        "beside": st.text(),
+    },
+)
+QUESTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "regression": {
+        "interval": st.floats(NARROWEST_INTERVAL, WIDEST_INTERVAL),
+        "point": st.sampled_from(["median", "mean"]),
+    },
+    "classification": {"top": st.integers(1, 9)},
+}
+
+
+@hypothesis_settings(max_examples=20, deadline=None)
+@given(records=st.lists(INSTANCES, min_size=1, max_size=40), data=st.data())
+def test_any_record_and_question_is_answered_as_in_process(
+    client: httpx.Client, settings: Settings, predictor: Predictor, records: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    """To the last bit, in a batch, alone and as a bare record."""
+    asked = data.draw(st.fixed_dictionaries({}, optional={"balance": st.floats(0, 1), **QUESTIONS[settings.task]}))
+
+    def said(body: dict[str, Any]) -> dict[str, Any]:
+        response = client.post("/predict", content=msgspec.json.encode(body))
+        told: dict[str, Any] = response.raise_for_status().json()
+        return told
+
+    schema = FeatureSchema.of(settings)
+    some = [schema.decode_instance(msgspec.json.encode(record)) for record in records]
+    columns = Columns(schema.numeric(some), schema.categorical(some))
+    whole = said({"instances": records, **asked})
+    assert whole == answer_of(predictor, columns, asked)
+    alone = {name: value[:1] if name in LISTS else value for name, value in whole.items()}
+    assert said({"instances": records[:1], **asked}) == alone
+    assert said(records[0]) == answer_of(predictor, picked(columns, [0]), {})
 
 
 @hypothesis_settings(max_examples=40, deadline=None)

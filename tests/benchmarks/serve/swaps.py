@@ -52,8 +52,10 @@ def measure(folder: Path, swaps: int) -> dict[str, Any]:
     done = threading.Event()
 
     def swap() -> None:
+        begun_s = time.monotonic()
         for number in count(MODELS):
-            if done.wait(POLL_S + PAUSE_S):
+            due_s = begun_s + (number - MODELS) * (POLL_S + PAUSE_S)
+            if done.wait(max(0.0, due_s - time.monotonic())):
                 return
             write_version(settings, models[number % MODELS])
             if not number % 50:
@@ -66,7 +68,7 @@ def measure(folder: Path, swaps: int) -> dict[str, Any]:
         writer = threading.Thread(target=swap)
         writer.start()
         try:
-            seconds = swaps * (POLL_S + PAUSE_S) * 1.1  # a write takes time too
+            seconds = swaps * (POLL_S + PAUSE_S) * 1.1  # a poll may pass over one that came late
             swapping = offer(port, sent, rate=RATE, seconds=seconds, clients=CLIENTS)
         finally:
             done.set()
