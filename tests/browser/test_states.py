@@ -9,6 +9,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
+from tests.browser.chromium import Watched
 from tests.browser.chromium import watched as watched_page
 from tests.browser.conftest import Report
 from tests.service.conftest import running
@@ -158,3 +159,11 @@ def test_by_keyboard_everything_is_reached_and_seen_to_be(settings: Settings, pa
             reached.append(name)
     for needed in ("API", "Metrics", "window", "followed", "field-0", "balance", "interval", "Predict", "Roll back"):
         assert needed in reached, reached
+
+
+def test_the_page_of_the_api_asks_no_other_host(settings: Settings, watched: Watched) -> None:
+    fresh(settings)
+    with running(settings) as client:
+        watched.page.goto(f"{client.base_url}/docs")
+        expect(watched.page.locator(".opblock").first).to_be_visible()
+    assert watched.console_errors == []
