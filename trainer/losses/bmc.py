@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from trainer.losses import kernel
 from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
 from trainer.losses.dense_softmax import SoftmaxMoments, dense_moments, wide
 from trainer.losses.gauss_transform import LOG_WEIGHT_RANGE, near_linear_moments
@@ -29,8 +30,9 @@ from trainer.losses.rows import Reduction, as_rows, finite_rows, reduce_rows
 # Far below any noise, far above where sigma squared leaves float32.
 SMALLEST_SIGMA = 1e-12
 
-# Pairs (rows x candidates) from which sorting and binning cost less than a tile's exponentials.
+# Pairs (rows x candidates) from which sorting and binning cost less than a tile's exponentials, by torch or compiled.
 NEAR_LINEAR_PAIRS = 1 << 18
+NEAR_LINEAR_PAIRS_OF_KERNEL = 1 << 24
 
 # Rounding of a few 1e-8 beside this share stays below 1e-5 of the rest.
 FLOAT32_SHARE = 0.05
@@ -215,7 +217,7 @@ def _sigma_cancels(own_excess: Tensor, moments: SoftmaxMoments) -> bool:
 
     So it is at sigmas far above the labels' deviation, where a few outliers' q are a hundred times that sum.
     """
-    if moments.mean_excess is None or moments.mean_excess.dtype == torch.float64:
+    if moments.mean_excess is None or moments.mirror.dtype == torch.float64:
         return False
     gradient = float((moments.mean_excess - own_excess).sum())
     return abs(gradient) < FLOAT32_SHARE * float(torch.linalg.vector_norm(moments.mean_excess))
@@ -223,7 +225,10 @@ def _sigma_cancels(own_excess: Tensor, moments: SoftmaxMoments) -> bool:
 
 def _near_linear_pays(pred: Tensor, labels: Tensor, log_weights: Tensor | None) -> bool:
     """Only a CPU may look at the numbers to choose; a device's tiles are wide, and asking it would stall it."""
-    if pred.device.type != "cpu" or pred.dim() != 1 or len(pred) * len(labels) < NEAR_LINEAR_PAIRS:
+    if pred.device.type != "cpu" or pred.dim() != 1:
+        return False
+    compiled = log_weights is None and kernel.takes(pred, labels)
+    if len(pred) * len(labels) < (NEAR_LINEAR_PAIRS_OF_KERNEL if compiled else NEAR_LINEAR_PAIRS):
         return False
     if log_weights is None:
         return True

@@ -1,7 +1,7 @@
 /* The softmax over candidate labels on a CPU, in one pass over them: what `mixture_softmax`, `density` and
  * `dense_softmax` compute with torch in a dozen passes. `kernel.py` loads it; without it torch does the same.
  *
- * All arrays are float32 and contiguous. `hatch_build.py` makes a library of this file for each of several instruction
+ * All arrays are contiguous, and float32 where nothing else is said. `hatch_build.py` makes a library of this file for each of several instruction
  * sets; `omp simd` lets the compiler sum in lanes, in an order that is fixed when it compiles. Nothing here allocates,
  * keeps state or looks at the clock.
  */
@@ -17,7 +17,8 @@
 #define LOWEST_MIXTURE_SUM 0x1p-50f    /* sums below this may be made of such terms */
 #define LOWEST_POWER (-60.0f * LOG2_E)
 #define MOST_COMPONENTS 64
-#define BLOCK 2048 /* candidates summed in float32 lanes before they join a sum in float64 */
+#define BLOCK 256      /* candidates summed in float32 lanes before they join a sum in float64 */
+#define SHORT_BLOCK 64 /* the same where the mean is large beside what is left of it once an own label is subtracted */
 
 /* 2^x for -126 < x < 127, relative error 1e-7: 2^round(x) by its exponent bits, the rest by a polynomial. */
 static inline float power_of_two(float x) {
@@ -194,15 +195,15 @@ int mixture_losses(int64_t rows, int64_t components, int64_t candidates, int64_t
 
 /* `dense_softmax.py`'s moments of labels in one dimension: log of the sum of exp(-q / 2 v), the means of t and of q.
  *
- * power is -log2(e) / 2 v; mirror + rest is r - 2 p. */
+ * power is -log2(e) / 2 v; mirror + rest is r - 2 p. The results, which others are subtracted from, are float64. */
 void shifted_rows(int64_t rows, int64_t candidates, const float *reference, const float *mirror, const float *rest,
-                  const float *labels, float power, float *log_sum, float *mean_shift, float *mean_excess) {
+                  const float *labels, float power, double *log_sum, double *mean_shift, double *mean_excess) {
   for (int64_t i = 0; i < rows; i++) {
     float r = reference[i], m = mirror[i], s = rest[i];
     double total = 0, shifts = 0, excesses = 0;
-    for (int64_t start = 0; start < candidates; start += BLOCK) {
+    for (int64_t start = 0; start < candidates; start += SHORT_BLOCK) {
       const float *block = labels + start;
-      int64_t length = candidates - start < BLOCK ? candidates - start : BLOCK;
+      int64_t length = candidates - start < SHORT_BLOCK ? candidates - start : SHORT_BLOCK;
       float zeroth = 0, first = 0, second = 0;
 #pragma omp simd reduction(+ : zeroth, first, second)
       for (int64_t j = 0; j < length; j++) {
@@ -218,9 +219,9 @@ void shifted_rows(int64_t rows, int64_t candidates, const float *reference, cons
       shifts += first;
       excesses += second;
     }
-    log_sum[i] = (float)log(total);
-    mean_shift[i] = (float)(shifts / total);
-    mean_excess[i] = (float)(excesses / total);
+    log_sum[i] = log(total);
+    mean_shift[i] = shifts / total;
+    mean_excess[i] = excesses / total;
   }
 }
 

@@ -131,7 +131,7 @@ def mixture_outputs(outputs: Tensor, log_weights: Tensor, low: float, high: floa
 def shifted_rows(
     reference: Tensor, mirror: Tensor, mirror_rest: Tensor, labels: Tensor, power: float
 ) -> tuple[Tensor, ...]:
-    """Log sum, mean of t and mean of q, (B,) each; see `trainer.losses.dense_softmax`.
+    """Log sum, mean of t and mean of q, (B,) each, float64; see `trainer.losses.dense_softmax`.
 
     Args:
         reference: (B,) a candidate near each prediction.
@@ -142,7 +142,7 @@ def shifted_rows(
     """
     assert _library is not None
     given = [t.contiguous() for t in (reference, mirror, mirror_rest, labels)]
-    outputs = tuple(torch.empty_like(given[0]) for _ in range(3))
+    outputs = tuple(torch.empty_like(given[0], dtype=torch.float64) for _ in range(3))
     pointers = [t.data_ptr() for t in (*given, *outputs)]
     _library.shifted_rows(len(reference), len(labels), *pointers[:4], power, *pointers[4:])
     return outputs

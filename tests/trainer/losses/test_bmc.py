@@ -64,6 +64,11 @@ def exact(pred, target, sigma, memory, log_weights):
     return naive_bmc(pred, target, sigma, memory, None if log_weights is None else log_weights.double())
 
 
+def choose_near_linear(patch: pytest.MonkeyPatch, near_linear: bool) -> None:
+    for name in ("NEAR_LINEAR_PAIRS", "NEAR_LINEAR_PAIRS_OF_KERNEL"):
+        patch.setattr(bmc_module, name, 0 if near_linear else 1 << 60)
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     kind=st.sampled_from(LABELS),
@@ -85,7 +90,7 @@ def test_float32_agrees_with_float64(kind, rows, memory, sigma_over_sd, weights,
     elif memory and weights == "ramp":
         log_weights = torch.linspace(-40, 1, memory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bmc_module, "NEAR_LINEAR_PAIRS", 0 if near_linear else 1 << 60)
+        choose_near_linear(patch, near_linear)
         got = loss_and_gradients(ours, pred, target, sigma, rest, log_weights, torch.float32)
     want = loss_and_gradients(exact, pred, target, sigma, rest, log_weights, torch.float64)
     # Where a value is a difference of far larger ones, the float64 of the naive form is itself no better than this.
@@ -111,7 +116,10 @@ def test_predictions_midway_between_labels_far_apart(offset: float) -> None:
 
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("sigma_over_sd", [1e-3, 1e-2, 0.1, 1.0, 1e3])
-def test_a_large_batch_takes_the_near_linear_path_and_agrees(kind: str, sigma_over_sd: float) -> None:
+def test_a_large_batch_takes_the_near_linear_path_and_agrees(
+    kind: str, sigma_over_sd: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bmc_module, "NEAR_LINEAR_PAIRS_OF_KERNEL", bmc_module.NEAR_LINEAR_PAIRS)
     pred, target, rest, sd = make_case(kind, 700, 800, seed=1)
     sigma = float(torch.tensor(sigma_over_sd * sd, dtype=torch.float32))
     assert len(pred) * (len(target) + len(rest)) > bmc_module.NEAR_LINEAR_PAIRS
@@ -150,7 +158,7 @@ def test_labels_of_several_dimensions(dims: int, sigma_over_sd: float) -> None:
 
 @pytest.mark.parametrize("near_linear", [False, True])
 def test_gradcheck(near_linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bmc_module, "NEAR_LINEAR_PAIRS", 0 if near_linear else 1 << 60)
+    choose_near_linear(monkeypatch, near_linear)
     generator = torch.Generator().manual_seed(0)
     target, memory = torch.randn(40, dtype=torch.float64, generator=generator).split([10, 30])
     pred = (target + 0.3).requires_grad_()
