@@ -74,6 +74,9 @@ def test_live(settings: Settings, page: Page, report: Report) -> None:
         expect(page.locator("#answer .point")).to_be_visible()
         expect(page.locator("#versions tr")).to_have_count(2)
         is_sound(page, report)
+        expect(page.locator("#drift-legend")).to_be_hidden()
+        fresh(settings, seed=3, drift_alarms=1)
+        expect(page.locator("#drift-legend")).to_be_visible()
 
 
 def test_classes(tmp_path: Path, page: Page, report: Report) -> None:
