@@ -63,7 +63,8 @@ def fuzz(folder: Path, task: str, settings: Settings, seconds: int) -> dict[str,
     told = settings.model_copy(update={"service": service}).model_dump(mode="json", by_alias=True, exclude_none=True)
     config.write_text(tomlkit.dumps(told))
     process = Child("service", [sys.executable, "-m", "service", "serve", "--config", str(config)], log, {})
-    headers = {"X-API-Key": KEY} if settings.service.api_keys_file else {}
+    # Not by X-API-Key: an Authorization of another scheme beside that is a proxy's, and no wrong key of ours.
+    headers = {"Authorization": f"Bearer {KEY}"} if settings.service.api_keys_file else {}
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as client:
             until(lambda: is_ready(process, client), PATIENCE_S)
