@@ -14,13 +14,14 @@ SECONDS    ?= 3600
 SEEDS      ?= 3
 JOBS       ?= 1
 RUNS       ?= quality-runs.jsonl
+LOSSES     ?= logit_adjusted,cross_entropy,class_balanced,focal,influence_balanced
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api screenshots soak test-browser test-compose up down clean
+.PHONY: help install demo test check format bench bench-bmc bench-classes bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api screenshots soak test-browser test-compose up down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,6 +64,13 @@ bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
 bench-quality: install ## Errors on real streams beside plain losses and other libraries, an hour; goes on where it was stopped (JSON=FILE RUNS=FILE JOBS=1 ROWS=60000 SEEDS=3 STREAMS=a,b)
 	$(bin)/pip install -q -e '.[rivals]'
 	$(bin)/python -m tests.benchmarks.quality --runs $(RUNS) --jobs $(JOBS) $(if $(ROWS),--rows $(ROWS)) --seeds $(SEEDS) $(if $(STREAMS),--streams "$(STREAMS)") $(json)
+
+bench-classes: install ## Accuracy and recall of every loss of classes on Portal (JSON=FILE ROWS=30738 SEEDS=3 LOSSES=a,b)
+	folder=$$(mktemp -d) && trap 'rm -r "$$folder"' EXIT && \
+	$(bin)/tailstream dataset portal "$$folder/portal.jsonl" && \
+	$(bin)/tailstream init "$$folder/portal.jsonl" --label species_id --out "$$folder/portal.toml" && \
+	$(bin)/tailstream evaluate "$$folder/portal.jsonl" --config "$$folder/portal.toml" \
+		--compare $(LOSSES) --seeds $(SEEDS) $(if $(ROWS),--rows $(ROWS)) $(json)
 
 bench-cold-start: install ## Errors on the first rows of streams with a hard start (JSON=FILE SEEDS=3)
 	$(bin)/python -m tests.benchmarks.cold_start --seeds $(SEEDS) $(json)
