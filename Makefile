@@ -10,18 +10,20 @@ JSON   ?=
 KILLS      ?= 100
 RECORDS    ?= 200000
 PARTITIONS ?= 1
+STORE      ?= disk
 SECONDS    ?= 3600
 SEEDS      ?= 3
 JOBS       ?= 1
 RUNS       ?= quality-runs.jsonl
 LOSSES     ?= logit_adjusted,cross_entropy,class_balanced,focal,influence_balanced
+SERVICES   ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-classes bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api screenshots soak test-browser test-compose up down clean
+.PHONY: help install demo test check format bench bench-bmc bench-classes bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api screenshots soak test-browser test-compose up up-scaled down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -75,8 +77,8 @@ bench-classes: install ## Accuracy and recall of every loss of classes on Portal
 bench-cold-start: install ## Errors on the first rows of streams with a hard start (JSON=FILE SEEDS=3)
 	$(bin)/python -m tests.benchmarks.cold_start --seeds $(SEEDS) $(json)
 
-chaos: install ## Kill trainers and compare with one undisturbed (KILLS=100 RECORDS=200000 PARTITIONS=1 JSON=FILE)
-	$(bin)/python -m tests.faults.chaos --kills $(KILLS) --records $(RECORDS) --partitions $(PARTITIONS) $(json)
+chaos: install ## Kill trainers and compare with one undisturbed (KILLS=100 RECORDS=200000 PARTITIONS=1 STORE=disk|s3 JSON=FILE)
+	$(bin)/python -m tests.faults.chaos --kills $(KILLS) --records $(RECORDS) --partitions $(PARTITIONS) --store $(STORE) $(json)
 
 faults: install ## Do to broker, topic, disk and snapshots what can be done to them (JSON=FILE); needs root
 	TAILSTREAM_TEST_AWAY_S=60 $(bin)/python -m tests.faults $(json)
@@ -102,8 +104,11 @@ test-compose: install ## Bring the whole stack up in Docker, use it, kill a part
 up: ## docker compose up, with flights published (http://127.0.0.1:8000)
 	docker compose --profile demo up -d --build
 
+up-scaled: ## The same with several services behind a proxy, http://127.0.0.1:8080 (SERVICES=2)
+	SERVICE_PORT=8000-8015 docker compose --profile demo --profile scale up -d --build --scale service=$(SERVICES)
+
 down: ## Bring it down, volumes too
-	docker compose --profile demo down --volumes
+	docker compose --profile demo --profile scale down --volumes
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """The application: the parts of the service, put together."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -47,10 +48,15 @@ def create_app(settings: Settings) -> FastAPI:
     versions = Versions(store, settings)
     batcher = Batcher(lambda: watcher.predictor, settings.service)
     metrics = ServiceMetrics(lambda: watcher.predictor, lambda: len(batcher), lambda: watcher.pinned)
+    stopping = threading.Event()
+
+    def not_ready() -> str | None:
+        return not_ready_because(watcher, settings, stopping=stopping.is_set())
+
     live = Live(
         watcher,
         page_facts(settings),
-        lambda: not_ready_because(watcher, settings),
+        not_ready,
         lambda: kept_manifests(store, settings.task),
     )
 
@@ -86,6 +92,7 @@ def create_app(settings: Settings) -> FastAPI:
         },
     )
     app.state.live = live
+    app.state.stopping = stopping
     keys = _keys(settings.service)
     decode = question_decoder(schema, settings.service)
     bodies = Bodies(settings.service)
@@ -95,7 +102,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.router.routes.insert(0, predict_route(settings))
     if settings.task == "regression":
         app.include_router(density_router(watcher, bodies, decode, settings))
-    app.include_router(state_router(watcher, metrics, settings))
+    app.include_router(state_router(watcher, metrics, not_ready))
     app.include_router(versions_router(versions, watcher))
     app.include_router(page_router(live))
     for path, folder in mounts().items():

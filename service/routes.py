@@ -1,5 +1,7 @@
 """The paths of the service and what each answers."""
 
+from collections.abc import Callable
+
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
@@ -24,8 +26,10 @@ class Alive(BaseModel):
     status: str = "alive"
 
 
-def not_ready_because(watcher: Watcher, settings: Settings) -> str | None:
+def not_ready_because(watcher: Watcher, settings: Settings, *, stopping: bool) -> str | None:
     """Why the service should get no requests, None if it may."""
+    if stopping:
+        return "the service is about to stop"
     predictor = watcher.predictor
     if predictor is None:
         return watcher.trouble or "there is no model"
@@ -40,7 +44,7 @@ def not_ready_because(watcher: Watcher, settings: Settings) -> str | None:
     return None
 
 
-def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) -> APIRouter:
+def state_router(watcher: Watcher, metrics: ServiceMetrics, not_ready: Callable[[], str | None]) -> APIRouter:
     """What the service says of itself."""
     router = APIRouter()
 
@@ -64,7 +68,7 @@ def state_router(watcher: Watcher, metrics: ServiceMetrics, settings: Settings) 
     @router.get("/readyz", operation_id="get_readyz", summary="Ready?", tags=["health"], responses=described(503))
     async def get_readyz() -> Ready:
         """Whether there is a model to predict with that is not too old; if not, why."""
-        why = not_ready_because(watcher, settings)
+        why = not_ready()
         if why is not None or watcher.predictor is None:
             raise Problem(NOT_READY, f"Not ready: {why}.")
         return Ready(model_version=watcher.predictor.version)

@@ -4,6 +4,7 @@ import gc
 import signal
 import socket
 import ssl
+import threading
 from types import FrameType
 from typing import Any, Final
 
@@ -23,7 +24,27 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class Server(uvicorn.Server):
-    """A server of `create_app` that does not wait for the pages that are open when it stops."""
+    """A server of `create_app` that says when it is about to stop, and does not wait for the pages that are open then.
+
+    Args:
+        config: what uvicorn is told.
+        drain_s: how long it goes on answering, not ready any more, once it is told to stop; told again it ends at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain_s: float = 0.0) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes a signal to stop."""
+        stopping: threading.Event = self.config.app.state.stopping  # type: ignore[union-attr]
+        if stopping.is_set() or not self._drain_s:
+            super().handle_exit(sig, frame)
+            return
+        stopping.set()
+        timer = threading.Timer(self._drain_s, super().handle_exit, (sig, None))
+        timer.daemon = True
+        timer.start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends the pages' streams, then waits for the requests under way."""
@@ -32,7 +53,10 @@ class Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT; requests under way are answered first. To be called in the main thread.
+    """Serves until SIGTERM or SIGINT; to be called in the main thread.
+
+    From then on it is not ready, goes on answering for `service.drain_s`, and ends when the requests under way are
+    answered.
 
     Raises:
         ConfigError: the address cannot be bound, or may not without API keys; the certificate cannot be used; or the
@@ -62,7 +86,7 @@ def answer_at(listener: socket.socket, settings: Settings) -> None:
     """
     from service.app import create_app  # and torch, which a process that only watches workers does without
 
-    server = Server(server_config(create_app(settings), settings.service))
+    server = Server(server_config(create_app(settings), settings.service), settings.service.drain_s)
     # What has been imported and made stays: a collection that looks through all of it would hold up every request.
     gc.collect()
     gc.freeze()

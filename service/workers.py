@@ -57,7 +57,7 @@ def serve_by_workers(settings: Settings, listener: socket.socket, count: int) ->
         finally:
             for worker in workers:
                 worker.process.terminate()
-            deadline = time.monotonic() + STOP_S + 5
+            deadline = time.monotonic() + settings.service.drain_s + STOP_S + 5
             for worker in workers:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
                 worker.process.kill()

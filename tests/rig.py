@@ -24,7 +24,7 @@ from trainer.kafka_client import Consumer, cluster_id, describe_topic
 from trainer.manifest import Manifest
 from trainer.publish import publish
 from trainer.schema import FeatureSchema
-from trainer.snapshot import Snapshot, SnapshotStore
+from trainer.snapshot import Snapshot, open_store
 
 WAIT_S: Final = 180.0
 STARTED: Final = "trainer started"
@@ -132,7 +132,7 @@ def wait_until(done: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -
 
 
 def newest(settings: Settings) -> Snapshot | None:
-    snapshot, faults = SnapshotStore(settings.store.path).newest(training=True)
+    snapshot, faults = open_store(settings.store).newest(training=True)
     assert faults == []
     return snapshot
 

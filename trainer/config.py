@@ -406,6 +406,13 @@ class ServiceSettings(_Table):
         gt=0,
         description="Longest time for a body to arrive (else 408), and then for its answer (else 503).",
     )
+    drain_s: float = Field(
+        default=0.0,
+        ge=0,
+        le=300,
+        description="How long a service that is told to stop goes on answering while `/readyz` says 503, so that a "
+        "load balancer sends requests elsewhere first.",
+    )
     max_queue: int = Field(default=1024, ge=1, description="Most requests waiting; past it 503 with Retry-After.")
     max_batch_size: int = Field(
         default=1024,

@@ -28,10 +28,11 @@ def service(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def test_there_is_everything_that_the_readme_names() -> None:
-    assert set(SERVICES) == {"kafka", "trainer", "trainer-gpu", "service", "publish", "prometheus", "grafana"}
+    assert set(SERVICES) == {"kafka", "trainer", "trainer-gpu", "service", "proxy", "publish", "prometheus", "grafana"}
     assert {name: found["profiles"] for name, found in SERVICES.items() if "profiles" in found} == {
         "trainer-gpu": ["gpu"],
         "publish": ["demo"],
+        "proxy": ["scale"],
     }
 
 
@@ -135,7 +136,19 @@ def _has_compose() -> bool:
 
 @pytest.mark.skipif(not _has_compose(), reason="there is no `docker compose` here")
 def test_compose_accepts_the_file() -> None:
-    command = ["docker", "compose", "--profile", "demo", "--profile", "gpu", "config", "--format", "json"]
+    command = [
+        "docker",
+        "compose",
+        "--profile",
+        "demo",
+        "--profile",
+        "gpu",
+        "--profile",
+        "scale",
+        "config",
+        "--format",
+        "json",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "warnings are errors"

@@ -1,5 +1,6 @@
 """What a fault is: something done to a real trainer, what must come of it, and what came of it."""
 
+import os
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -8,7 +9,10 @@ from typing import Any, Final, NamedTuple
 
 from tests.conftest import BASIC, set_in
 from tests.rig import Kafka
+from tests.s3 import S3Server
 from trainer.config import Settings, load
+
+S3_SCRIPT: Final = "TAILSTREAM_TEST_S3_SERVER"
 
 
 class Ground:
@@ -18,6 +22,7 @@ class Ground:
         self.script = script
         self.folder = folder
         self._kafka: Kafka | None = None
+        self._s3: S3Server | None = None
         self._at_the_end: list[Callable[[], None]] = []
 
     @property
@@ -27,6 +32,24 @@ class Ground:
             self._kafka = Kafka(self.script, self.folder / "kafka")
             self._kafka.start()
         return self._kafka
+
+    @property
+    def s3(self) -> S3Server:
+        """An S3 server that runs; cases may kill it, and leave it running."""
+        if self._s3 is None:
+            self._s3 = S3Server(os.environ[S3_SCRIPT], self.folder / "s3")
+            self._s3.start()
+        return self._s3
+
+    def in_s3(self) -> dict[str, str]:
+        """What `config` is to lay over, for a store of its own in S3."""
+        store = self.s3.settings()
+        options = ", ".join(f'{name} = "{value}"' for name, value in store.options.items())
+        return {
+            "store__url": f'"{store.url}"',
+            "store__options": f"{{{options}}}",
+            "store__lease_s": f"{store.lease_s}",
+        }
 
     def config(self, server: str | None = None, *, topic: str | None = None, **more: Any) -> Path:
         """A configuration in a folder of its own; `table__key=value` lays over what is in it, as TOML text."""
@@ -52,6 +75,8 @@ class Ground:
             act()
         if self._kafka is not None:
             self._kafka.kill()
+        if self._s3 is not None:
+            self._s3.kill()
 
 
 class Case(NamedTuple):

@@ -22,7 +22,7 @@ from tests.faults.place import ground_or_leave
 from tests.rig import Trainer, consumed, each_once, newest, rows, send, wait_until
 from trainer.audit import verify
 from trainer.config import Settings, load
-from trainer.snapshot import Snapshot, SnapshotStore
+from trainer.snapshot import Snapshot, SnapshotStore, open_store
 
 RSS_RECORDS = 100_000  # after which memory is measured first
 CHUNK = 20_000
@@ -48,13 +48,16 @@ class Outcome(NamedTuple):
         return self.rss_ratio is None or self.rss_ratio <= 1.1
 
 
-def run(ground: Ground, server: str, kills: int, records: int, partitions: int, rss_records: int = 0) -> Outcome:
+def run(
+    ground: Ground, server: str, kills: int, records: int, partitions: int, rss_records: int = 0, *, in_s3: bool = False
+) -> Outcome:
     """Trains on one topic twice, once killed and once undisturbed, and compares.
 
     With several partitions the order of records between them differs from run to run, so the weights do too: then the
     reference is the killed run itself, and the counters speak.
     """
-    config = ground.config(server, batch__max_wait_s="600.0" if partitions == 1 else "0.05")
+    store = ground.in_s3() if in_s3 else {}
+    config = ground.config(server, batch__max_wait_s="600.0" if partitions == 1 else "0.05", **store)
     settings = load(config)
     records -= records % settings.batch.size  # full batches only
     for begin in range(0, records, CHUNK):
@@ -62,7 +65,7 @@ def run(ground: Ground, server: str, kills: int, records: int, partitions: int, 
     torn, done = _killed(config, settings, kills, records)
     snapshot = newest(settings)
     assert snapshot is not None
-    torn += sum(bool(verdict.faults) for verdict in verify(SnapshotStore(settings.store.path)))
+    torn += sum(bool(verdict.faults) for verdict in verify(open_store(settings.store)))
     parts = snapshot.manifest.partitions
     trained = sum(part.trained for part in parts.values())
     wrong = sum(not each_once(part) for part in parts.values())  # at least so many, where the numbers cancel out
@@ -93,15 +96,23 @@ def _killed(config: Path, settings: Settings, kills: int, records: int) -> tuple
             time.sleep(random_.uniform(0, 0.15))
         assert trainer.poll() is None, trainer.log.read_text()[-2000:]
         trainer.kill()
-        torn += len(SnapshotStore(settings.store.path).newest(training=True)[1])
+        torn += len(open_store(settings.store).newest(training=True)[1])
     trainer = Trainer(config)
     wait_until(lambda: progress(settings) >= records, f"all {records} records", timeout_s=600)
     assert trainer.stop() == 0
     return torn, len(marks)
 
 
+_stores: dict[str, SnapshotStore] = {}
+
+
+def _store(settings: Settings) -> SnapshotStore:
+    """The same one each time: it is asked often, and one in S3 has connections."""
+    return _stores.setdefault(settings.store.url, open_store(settings.store))
+
+
 def progress(settings: Settings) -> int:
-    store = SnapshotStore(settings.store.path)
+    store = _store(settings)
     versions = store.versions()
     return consumed(store.manifest(versions[-1])) if versions else 0
 
@@ -167,6 +178,9 @@ def main() -> int:
     parser.add_argument("--records", type=int, default=200_000)
     parser.add_argument("--partitions", type=int, default=1)
     parser.add_argument("--rss-records", type=int, default=2_000_000, help="0 measures no memory")
+    parser.add_argument(
+        "--store", choices=["disk", "s3"], default="disk", help="where the killed trainers' snapshots lie"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if 0 < options.rss_records <= RSS_RECORDS:
@@ -177,7 +191,8 @@ def main() -> int:
         ground = ground_or_leave(parser, Path(folder))
         try:
             server = ground.kafka.server
-            outcome = run(ground, server, options.kills, options.records, options.partitions, options.rss_records)
+            counts = options.kills, options.records, options.partitions, options.rss_records
+            outcome = run(ground, server, *counts, in_s3=options.store == "s3")
         finally:
             ground.close()
     text = json.dumps(outcome._asdict(), indent=1)
