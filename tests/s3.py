@@ -29,6 +29,7 @@ class S3Server:
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._script = script
         self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from trainer.errors import ConfigError, StoreUnavailable
 
-RETRIES: Final = 5  # of a request that is refused for now (5xx, no connection), with growing pauses
+RETRIES: Final = 8  # of a request that is refused for now (5xx, no connection), with growing pauses
 RETRY_S: Final = timedelta(seconds=5)  # and for no longer than this
 REQUEST_S: Final = timedelta(seconds=20)  # a hung server is one that is away; 5 MB go in one request
 CONNECT_S: Final = timedelta(seconds=3)

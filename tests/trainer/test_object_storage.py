@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomlkit
 import torch
 from structlog.testing import capture_logs
+from typer.testing import CliRunner
 
+from service.cli import app
 from tests.s3 import BUCKET, S3Server
 from tests.trainer.stream import make_manifest, make_settings
 from trainer import object_storage
+from trainer.batching import PartitionProgress
 from trainer.config import StoreSettings
 from trainer.errors import ConfigError, SnapshotCorrupt, SnapshotError, StoreLocked, StoreUnavailable
 from trainer.manifest import Manifest
@@ -362,3 +366,35 @@ def test_a_request_under_way_when_the_server_comes_back_goes_through(given: Stor
             assert write(store).version == 2  # the client tries again by itself
         finally:
             back.join()
+
+
+# The commands
+
+
+def test_the_commands_work_on_a_url(given: StoreSettings, tmp_path: Path) -> None:
+    offsets = range(96)
+    part = PartitionProgress(
+        next_offset=96, trained=96, offset_sum=sum(offsets), offset_square_sum=sum(n * n for n in offsets)
+    )
+    store = open_store(given)
+    with store.lock():
+        for number in range(2):
+            write(store, float(number), partitions={0: part})
+    config = tmp_path / "tailstream.toml"
+    tables = SETTINGS.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    config.write_text(tomlkit.dumps({**tables, "store": given.model_dump(mode="json")}))
+
+    def run(*command: str) -> str:
+        done = CliRunner().invoke(app, ["snapshots", *command, "--config", str(config)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    assert "2 snapshots, all whole" in run("verify")
+    assert '"version": 2' in run("show", "2")
+    assert "stays with 1" in run("pin", "1")
+    assert run("list").splitlines()[1].endswith("pinned")
+    assert "follows the newest" in run("pin", "--latest")
+    assert "version 3 is a copy of 1" in run("rollback", "1")
+    assert run("list").splitlines()[3].endswith("rollback to 1")
+    assert "3 snapshots, all whole" in run("verify")
+    assert store.manifest(3).fence == 2
