@@ -31,7 +31,8 @@ ASKED_OF_NUMBERS: Final = (
     ("interval", Annotated[float, msgspec.Meta(ge=NARROWEST_INTERVAL, le=WIDEST_INTERVAL)] | None, None),
     ("point", Point, "median"),
 )
-ASKED_OF_CLASSES: Final = (("top", Annotated[int, msgspec.Meta(ge=1)] | None, None),)
+# In JSON Schema 3.0 is an integer too, which msgspec's own would not be.
+ASKED_OF_CLASSES: Final = (("top", Annotated[float, msgspec.Meta(ge=1, multiple_of=1)] | None, None),)
 Number = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 SCALAR: Final[Any] = str | float | bool
 
@@ -82,7 +83,8 @@ def question_decoder(schema: FeatureSchema, settings: ServiceSettings) -> Callab
             columns = schema.columns(request.instances)
         except RecordError as fault:
             raise _problem(fault, fault.field, fault.instance) from None
-        return Question(columns, Asked(**{name: getattr(request, name) for name in asked}))
+        what = Asked(**{name: getattr(request, name) for name in asked})
+        return Question(columns, what if what.top is None else what._replace(top=int(what.top)))
 
     return decode
 

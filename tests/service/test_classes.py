@@ -66,7 +66,9 @@ def test_the_model_tells_classes_apart_and_names_them_by_their_text(client: http
     assert all(len(told) == 1 for told in found["probabilities"])
 
 
-@pytest.mark.parametrize(("field", "value"), [("interval", 0.9), ("point", "mean"), ("top", 0), ("top", "all")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("interval", 0.9), ("point", "mean"), ("top", 0), ("top", 1.5), ("top", "all")]
+)
 def test_what_is_asked_of_numbers_is_refused(client: httpx.Client, field: str, value: Any) -> None:
     response = client.post("/predict", json={"instances": [instance(0)], field: value})
     assert response.status_code == 422
@@ -106,3 +108,10 @@ def test_a_model_with_more_classes_is_swapped_in_and_rolled_back(tmp_path: Path)
         until(lambda: client.get("/model").json()["version"] == 1)
         assert client.post("/predict", json={"instances": [instance(1)]}).json() == before
         assert client.post("/predict?version=2", json={"instances": [instance(1)]}).json() == after
+
+
+def test_a_whole_number_may_be_written_as_a_fraction(client: httpx.Client) -> None:
+    """As JSON Schema has it."""
+    answers = [client.post("/predict", json={"instances": [instance(0)], "top": top}).json() for top in (2, 2.0)]
+    assert answers[0] == answers[1]
+    assert len(answers[0]["probabilities"][0]) == 2
