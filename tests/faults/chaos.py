@@ -26,6 +26,7 @@ from trainer.snapshot import Snapshot, SnapshotStore, open_store
 
 RSS_RECORDS = 100_000  # after which memory is measured first
 CHUNK = 20_000
+UNHURRIED = {"trainer__stop_grace_s": "120.0"}  # how fast this machine is, is not what it is about
 
 
 class Outcome(NamedTuple):
@@ -57,7 +58,7 @@ def run(
     reference is the killed run itself, and the counters speak.
     """
     store = ground.in_s3() if in_s3 else {}
-    config = ground.config(server, batch__max_wait_s="600.0" if partitions == 1 else "0.05", **store)
+    config = ground.config(server, batch__max_wait_s="600.0" if partitions == 1 else "0.05", **UNHURRIED, **store)
     settings = load(config)
     records -= records % settings.batch.size  # full batches only
     for begin in range(0, records, CHUNK):
@@ -118,7 +119,7 @@ def progress(settings: Settings) -> int:
 
 
 def _undisturbed(ground: Ground, server: str, settings: Settings, records: int) -> str:
-    config = ground.config(server, topic=settings.kafka.topic, batch__max_wait_s="600.0")
+    config = ground.config(server, topic=settings.kafka.topic, batch__max_wait_s="600.0", **UNHURRIED)
     other = load(config)
     trainer = Trainer(config)
     wait_until(lambda: progress(other) >= records, f"all {records} records", timeout_s=600)
