@@ -16,8 +16,8 @@ from trainer.config import Settings
 from trainer.drift import PageHinkley
 from trainer.flat_weights import FlatWeights
 from trainer.model import prefixed, unprefixed
-from trainer.regression import Regression
 from trainer.ranks import ALONE, Ranks
+from trainer.regression import Regression
 from trainer.replay import ReplayBuffer, dealt
 from trainer.schema import FeatureSchema
 from trainer.task import Network, Noise, Task
@@ -81,9 +81,7 @@ class Learner:
         samples: rows learned from (replayed ones not counted again), by all ranks.
     """
 
-    def __init__(
-        self, settings: Settings, schema: FeatureSchema, device: torch.device, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, settings: Settings, schema: FeatureSchema, device: torch.device, ranks: Ranks = ALONE) -> None:
         learner = settings.learner
         self._settings = learner
         self._device = device
@@ -242,8 +240,8 @@ class Learner:
         own_memory = torch.split(others, [len(slots) for slots in memories])
         more = self._labels_of_others(steps, memories)
         memory = own_memory if more is None else [torch.cat(both) for both in zip(own_memory, more, strict=True)]
-        for step in zip(*parts, memory, of_all, strict=True):
-            self._update(*step, held)
+        for (*own, labels_beside), rows_of_all in zip(zip(*parts, memory, strict=True), of_all, strict=True):
+            self._update(*own, labels_beside, rows_of_all, held)
         self._follow_statistics()
 
     def _not_own(self, memory: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -256,7 +254,7 @@ class Learner:
     def _labels_of_others(
         self, steps: Sequence[NDArray[np.int64]], memories: Sequence[NDArray[np.int64]]
     ) -> list[Tensor] | None:
-        """Labels that the other ranks bring to each step, of their rows and of their memories: (M,) as `loss` has them."""
+        """Labels that the other ranks bring to each step, of their rows and memories: (M,), of `Task.targets`."""
         if self._ranks.alone or not self.task.compares_labels:
             return None
         index = np.full((1, len(steps), self._settings.step_rows + self._settings.label_memory), -1)
