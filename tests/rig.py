@@ -67,7 +67,7 @@ class Trainer:
         self.log = config.with_suffix(".log")
         self.log.touch()
         begun = self.log.read_text().count(STARTED)
-        self._process = _processes.Process(target=_train, args=(config, self.log, prelude), daemon=True)
+        self._process = _processes.Process(target=_train, args=(config, self.log, prelude, _settings()), daemon=True)
         self._process.start()
         deadline = time.monotonic() + WAIT_S
         while wait and self.log.read_text().count(STARTED) == begun and self.poll() is None:
@@ -150,7 +150,12 @@ class Job:
         self._process.wait(WAIT_S)
 
 
-def _train(config: Path, log: Path, prelude: Callable[[], None] | None) -> None:
+def _settings() -> dict[str, str]:
+    """Those of the environment: trainers are forked from a process that was started before a test set them."""
+    return {name: value for name, value in os.environ.items() if name.startswith("TAILSTREAM_")}
+
+
+def _train(config: Path, log: Path, prelude: Callable[[], None] | None, settings: dict[str, str]) -> None:
     import typer
 
     from trainer.cli import train
@@ -161,6 +166,7 @@ def _train(config: Path, log: Path, prelude: Callable[[], None] | None) -> None:
     for stream in (1, 2):
         os.dup2(handle, stream)
     code = 0
+    os.environ.update(settings)
     try:
         if prelude is not None:
             prelude()

@@ -62,6 +62,7 @@ class ConfluentConsumer:
         self._settings = settings
         self._refusal = ""
         self._next: dict[int, int] = {}
+        self._errors: list[Any] = []
         self._topic_id = describe_topic(
             settings, settings.topic
         ).topic_id  # says so where nobody answers, or lets us in
@@ -135,6 +136,9 @@ class ConfluentConsumer:
 
     def poll(self, max_records: int, timeout_s: float) -> list[Record]:
         """See `Consumer.poll`."""
+        errors, self._errors = self._errors, []
+        for error in errors:
+            self._judge(error)
         messages: list[Any] = self._consumer.consume(max_records, timeout_s)
         records = []
         for message in messages:
@@ -150,7 +154,7 @@ class ConfluentConsumer:
                 )
                 records.append(record)
             else:
-                self._judge(error)
+                self._errors.append(error)  # for the next poll: what came beside it is not to be lost
         self._next |= {record.partition: record.offset + 1 for record in records}
         if self._refusal:
             reason, self._refusal = self._refusal, ""
