@@ -81,13 +81,12 @@ class Turns:
                 raise failure
             if any_failed:
                 raise SourceError("another rank of this job can read no more; its own log says why")
-            if any_stop or not any_going:
+            if not any_going:
                 return
             self._had_one, self._others_had = batch is not None, any_batch
-            if any_batch:
-                yield self._agreed(batch or self._without_rows)
-            else:
-                yield None
+            yield self._agreed(batch or self._without_rows) if any_batch else None
+            if any_stop:
+                return
 
     def _agreed(self, batch: Batch) -> Batch:
         return batch if self._classes is None else self._classes.agree(batch, self._ranks)
