@@ -236,12 +236,12 @@ class Learner:
         columns = self.task.columns(self.replay.numeric[index[:rows]])
         categorical = self.replay.categorical[index[:rows]]
         targets, others = labels.tensor_split([rows])
-        parts = (torch.split(of, sizes) for of in (columns, categorical, targets))
-        own_memory = torch.split(others, [len(slots) for slots in memories])
-        more = self._labels_of_others(steps, memories)
-        memory = own_memory if more is None else [torch.cat(both) for both in zip(own_memory, more, strict=True)]
-        for (*own, labels_beside), rows_of_all in zip(zip(*parts, memory, strict=True), of_all, strict=True):
-            self._update(*own, labels_beside, rows_of_all, held)
+        columns_of, categorical_of, targets_of = (torch.split(of, sizes) for of in (columns, categorical, targets))
+        memory = torch.split(others, [len(slots) for slots in memories])
+        beside = self._labels_of_others(steps, memories)
+        for at, rows_of_all in enumerate(of_all):
+            labels = memory[at] if beside is None else torch.cat([memory[at], beside[at]])
+            self._update(columns_of[at], categorical_of[at], targets_of[at], labels, rows_of_all, held)
         self._follow_statistics()
 
     def _not_own(self, memory: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
