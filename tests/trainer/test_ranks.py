@@ -67,7 +67,8 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(path),), nprocs=2, join=True)
+    # Forked, as importing torch takes most of a start.
+    mp.start_processes(run_rank, args=(str(path),), nprocs=2, start_method="fork")
     return path
 
 
@@ -87,7 +88,8 @@ def test_all_ranks_hold_the_same_to_the_last_bit_but_for_their_own_rows(folder: 
     assert not torch.equal(own["learner.random"], others["learner.random"])
 
 
-@pytest.mark.parametrize("case", ["mixture", "gaussian", "classes"])
+# With a mixture the labels of other ranks weigh as a sample of all replay buffers, those of one's own batch as they are.
+@pytest.mark.parametrize("case", ["gaussian", "classes"])
 def test_two_ranks_learn_what_one_does_from_the_rows_of_both(folder: Path, case: str) -> None:
     settings = settings_of(case)
     learner = Learner(settings, make_schema(settings), CPU)
