@@ -62,11 +62,11 @@ class Turns:
         Raises:
             SourceError: this rank or another can read no more; raised after the same turn on all.
         """
-        going = True
+        going, begun = True, False
         while True:
             batch, failure = None, None
             try:
-                if self._held():
+                if begun and self._held():  # what holds it up came with a batch, and goes with a save of it
                     time.sleep(LETTERS_POLL_S)
                 elif going:
                     batch = next(batches)
@@ -84,6 +84,7 @@ class Turns:
             if not any_going:
                 return
             self._had_one, self._others_had = batch is not None, any_batch
+            begun = begun or self._had_one
             yield self._agreed(batch or self._without_rows) if any_batch else None
             if any_stop:
                 return

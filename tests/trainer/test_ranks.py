@@ -88,7 +88,7 @@ def test_all_ranks_hold_the_same_to_the_last_bit_but_for_their_own_rows(folder: 
     assert not torch.equal(own["learner.random"], others["learner.random"])
 
 
-# With a mixture the labels of other ranks weigh as a sample of all replay buffers, those of one's own batch as they are.
+# With a mixture the labels of other ranks weigh as a sample of all replay buffers does.
 @pytest.mark.parametrize("case", ["gaussian", "classes"])
 def test_two_ranks_learn_what_one_does_from_the_rows_of_both(folder: Path, case: str) -> None:
     settings = settings_of(case)
