@@ -137,8 +137,11 @@ def joined() -> Iterator[Ranks]:
         return
     with _others_are_there():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        ranks = Ranks(dist.get_rank(), dist.get_world_size())
+        store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps the store when it starts ranks again, and with it the addresses of those that are gone.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+        ranks = Ranks(number, count)
         ranks.saving = Ranks(ranks.number, ranks.count, dist.new_group(backend="gloo", timeout=TIMEOUT))
     try:
         yield ranks

@@ -1,6 +1,5 @@
 """A running `tailstream demo` to look at."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -48,5 +47,5 @@ def demo(folder: Path, *options: str) -> Iterator[Demo]:
         settings = load(folder / "demo" / "tailstream.toml")
         yield Demo(f"http://127.0.0.1:{port}", settings.trainer.metrics_port, psutil.Process(process.pid))
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT is ignored by what a shell started in the background
         process.wait(WAIT_S)
