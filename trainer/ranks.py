@@ -14,6 +14,8 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, and missing in its __all__
+from torch.distributed.rendezvous import rendezvous
 
 from trainer.errors import RankLost
 
@@ -137,9 +139,9 @@ def joined() -> Iterator[Ranks]:
         return
     with _others_are_there():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
         # torchrun keeps the store when it starts ranks again, and with it the addresses of those that are gone.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
         ranks = Ranks(number, count)
         ranks.saving = Ranks(ranks.number, ranks.count, dist.new_group(backend="gloo", timeout=TIMEOUT))
