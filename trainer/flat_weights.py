@@ -14,19 +14,18 @@ class FlatWeights:
 
     Attributes:
         vector: (P,) parameter, all weights one after the other; give this one to the optimiser.
-        gradient: (P,) of it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._shapes = [p.shape for p in parameters]
         self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
-        self.gradient = torch.zeros_like(self.vector, requires_grad=False)
-        self.vector.grad = self.gradient
+        self._gradient = torch.zeros_like(self.vector, requires_grad=False)
+        self.vector.grad = self._gradient
         start = 0
         for parameter in parameters:
             part = slice(start, start + parameter.numel())
             parameter.data = self.vector.detach()[part].view_as(parameter)
-            parameter.grad = self.gradient[part].view_as(parameter)
+            parameter.grad = self._gradient[part].view_as(parameter)
             start = part.stop
 
     def parts(self, vector: Tensor) -> list[Tensor]:
@@ -36,18 +35,18 @@ class FlatWeights:
 
     def zero_grad(self) -> None:
         """Makes all gradients 0, in place: backward adds to them."""
-        self.gradient.zero_()
+        self._gradient.zero_()
 
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Norm of the gradient, 0-dim."""
-        norm: Tensor = torch.linalg.vector_norm(self.gradient)
+        norm: Tensor = torch.linalg.vector_norm(self._gradient)
         return norm
 
     @torch.no_grad()
     def divide_gradient(self, divisor: Tensor) -> None:
         """Divides the gradient by a number, 0-dim."""
-        self.gradient.div_(divisor)
+        self._gradient.div_(divisor)
 
     @torch.no_grad()
     def follow(self, other: "FlatWeights", weight: float) -> None:
