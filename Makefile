@@ -23,7 +23,7 @@ bin := $(VENV)/bin
 json := $(if $(JSON),--json $(JSON))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench bench-bmc bench-classes bench-cold-start bench-quality bench-serve bench-synthetic chaos faults fuzz fuzz-api screenshots soak test-browser test-compose up up-scaled down clean
+.PHONY: help install demo test check format bench bench-bmc bench-classes bench-cold-start bench-quality bench-serve bench-stream bench-synthetic chaos faults fuzz fuzz-api screenshots soak test-browser test-compose up up-scaled down clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,9 @@ bench-bmc: install ## Time, memory and error of the BMC loss (JSON=FILE)
 
 bench-serve: install ## POST /predict beside an echo, under overload, training and swaps (JSON=FILE PARTS=a,b); needs wrk
 	$(bin)/python -m tests.benchmarks.serve $(if $(PARTS),--parts "$(PARTS)") $(json)
+
+bench-stream: install ## From the topic to the model, stage by stage, one rank and two, on a real Kafka (JSON=FILE)
+	$(bin)/python -m tests.benchmarks.stream $(json) $(ARGS)
 
 bench-synthetic: install ## The synthetic benchmark of Balanced MSE (JSON=FILE)
 	$(bin)/python -m tests.benchmarks.synthetic $(json)

@@ -13,6 +13,7 @@ from service.broker import EmbeddedBroker
 from tests.s3 import S3Server
 from trainer.config import Settings, load
 
+CLIENT = "TAILSTREAM_KAFKA__CLIENT"
 BASIC = """\
 device = "cpu"
 [kafka]
@@ -52,16 +53,21 @@ def embedded_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     broker.stop()
 
 
-@pytest.fixture(params=["embedded", pytest.param("kafka", marks=pytest.mark.kafka)])
-def broker(request: pytest.FixtureRequest) -> str:
-    """A running broker, `host:port`: every test that takes it runs against each kind there is."""
+CLIENTS = ["python", "confluent"]
+
+
+@pytest.fixture(params=["embedded", *(pytest.param(client, marks=pytest.mark.kafka) for client in CLIENTS)])
+def broker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A running broker, `host:port`: every test that takes it runs against each kind there is, by each client."""
     if request.param == "embedded":
         return str(request.getfixturevalue("embedded_broker"))
+    monkeypatch.setenv(CLIENT, request.param)
     return real_kafka()
 
 
-@pytest.fixture(name="real_kafka")
-def real_kafka_fixture() -> str:
+@pytest.fixture(name="real_kafka", params=CLIENTS)
+def real_kafka_fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(CLIENT, request.param)
     return real_kafka()
 
 

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final
 
+import psutil
 import torch
 
 from service.broker import free_port
@@ -28,6 +29,7 @@ from trainer.snapshot import Snapshot, open_store
 
 WAIT_S: Final = 180.0
 STARTED: Final = "trainer started"
+STOPPED: Final = "trainer stopped"
 
 # Trainers are forked from a process that has imported torch, which takes most of a start; they are processes of their
 # own all the same, with their own signals and exit codes.
@@ -65,7 +67,7 @@ class Trainer:
         self.log = config.with_suffix(".log")
         self.log.touch()
         begun = self.log.read_text().count(STARTED)
-        self._process = _processes.Process(target=_train, args=(config, self.log, prelude), daemon=True)
+        self._process = _processes.Process(target=_train, args=(config, self.log, prelude, _settings()), daemon=True)
         self._process.start()
         deadline = time.monotonic() + WAIT_S
         while wait and self.log.read_text().count(STARTED) == begun and self.poll() is None:
@@ -98,7 +100,62 @@ class Trainer:
         wait_until(lambda: self.log.read_text().count(text) >= times, f"{text!r} {times} times in the log")
 
 
-def _train(config: Path, log: Path, prelude: Callable[[], None] | None) -> None:
+class Job:
+    """Trainers that torchrun starts, and starts again when one of them is killed.
+
+    Args:
+        config: their configuration.
+        ranks: how many.
+        restarts: how often all of them may be started again.
+    """
+
+    def __init__(self, config: Path, ranks: int, restarts: int = 0) -> None:
+        self.log = config.with_suffix(".log")
+        self._ranks = ranks
+        options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "trainer", "--config", str(config)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[1])
+
+    def pid(self, rank: int) -> int | None:
+        """Of a rank, None where there is none at the moment."""
+        with suppress(psutil.Error):
+            for child in psutil.Process(self._process.pid).children():
+                with suppress(psutil.Error):
+                    if child.environ().get("RANK") == str(rank):
+                        return child.pid
+        return None
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def kill_rank(self, rank: int) -> None:
+        pid = self.pid(rank)
+        assert pid is not None, f"there is no rank {rank}: {self.log.read_text()[-2000:]}"
+        os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> list[str]:
+        """Ends it as an operator would; the last words of each rank. What torchrun itself exits with says nothing."""
+        begun = self.log.read_text().count(STOPPED)
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait(WAIT_S)
+        return [STOPPED] * (self.log.read_text().count(STOPPED) - begun)
+
+    def kill(self) -> None:
+        """Kills all there is."""
+        with suppress(psutil.Error):
+            for process in [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(True)]:
+                with suppress(psutil.Error):
+                    process.kill()
+        self._process.wait(WAIT_S)
+
+
+def _settings() -> dict[str, str]:
+    """Those of the environment: trainers are forked from a process that was started before a test set them."""
+    return {name: value for name, value in os.environ.items() if name.startswith("TAILSTREAM_")}
+
+
+def _train(config: Path, log: Path, prelude: Callable[[], None] | None, settings: dict[str, str]) -> None:
     import typer
 
     from trainer.cli import train
@@ -109,6 +166,7 @@ def _train(config: Path, log: Path, prelude: Callable[[], None] | None) -> None:
     for stream in (1, 2):
         os.dup2(handle, stream)
     code = 0
+    os.environ.update(settings)
     try:
         if prelude is not None:
             prelude()
@@ -141,16 +199,18 @@ def consumed(manifest: Manifest) -> int:
     return sum(p.trained + p.rejected + p.skipped for p in manifest.partitions.values())
 
 
-def wait_until_consumed(settings: Settings, records: int, trainer: Trainer) -> Snapshot:
+def wait_until_consumed(
+    settings: Settings, records: int, trainer: Trainer | Job, timeout_s: float = WAIT_S
+) -> Snapshot:
     """The first snapshot that covers so many records."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         snapshot = newest(settings)
         if snapshot is not None and consumed(snapshot.manifest) >= records:
             return snapshot
         assert trainer.poll() is None, f"the trainer ended by itself: {trainer.log.read_text()[-2000:]}"
         time.sleep(0.02)
-    raise AssertionError(f"{records} records were not consumed in {WAIT_S} s: {trainer.log.read_text()[-2000:]}")
+    raise AssertionError(f"{records} records were not consumed in {timeout_s} s: {trainer.log.read_text()[-2000:]}")
 
 
 def each_once(part: PartitionProgress, first: int = 0) -> bool:

@@ -4,11 +4,13 @@ train -> dead letters acknowledged -> snapshot durable -> offsets committed
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
+import safetensors.torch
 import structlog
+from pydantic import BaseModel
 from torch import Tensor
 
 from trainer.batching import Batch, PartitionProgress, Progress, advance
@@ -23,11 +25,12 @@ from trainer.errors import (
     TopicChanged,
 )
 from trainer.kafka_client import TopicDescription
-from trainer.learner import Learner
+from trainer.learner import Learner, joint_state
 from trainer.manifest import Manifest, Sample, check_fits
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import BatchSource
-from trainer.snapshot import SnapshotStore
+from trainer.ranks import ALONE, Ranks
+from trainer.snapshot import Snapshot, SnapshotStore
 
 LARGEST_SHARE: Final = 0.05  # of the time, spent on saving
 RETRY_S: Final = 5.0  # after a save that failed
@@ -44,6 +47,7 @@ class Parts(NamedTuple):
     store: SnapshotStore
     dead_letters: DeadLetters
     metrics: TrainerMetrics
+    ranks: Ranks = ALONE
 
 
 class _Save(NamedTuple):
@@ -61,6 +65,17 @@ class _Written(NamedTuple):
 
     manifest: Manifest
     processor_s: float  # taken from whoever else wants the processor, training too; waiting for the disk is not
+
+
+class _Outcome(BaseModel):
+    """What one rank says to the others of a snapshot."""
+
+    manifest: Manifest | None = None
+    failure: str = ""
+
+    def encode(self) -> bytes:
+        """As it is sent."""
+        return self.model_dump_json().encode()
 
 
 class Checkpoint:
@@ -95,15 +110,8 @@ class Checkpoint:
             SnapshotCorrupt: there are some, and none is valid; beginning anew would forget all they hold.
             SnapshotMismatch: it is of another model than the configuration describes.
         """
-        snapshot, faults = self._parts.store.newest(training=True)
-        for fault in faults:
-            log.warning("a snapshot is passed over", reason=str(fault))
+        snapshot = self._newest()
         if snapshot is None:
-            if faults:
-                raise SnapshotCorrupt(
-                    f"none of the {len(faults)} snapshots in {self._parts.store.where} can be resumed from, the newest "
-                    f"because: {faults[0]}; bring one back, or give a new store.url to begin anew"
-                )
             return None
         check_fits(snapshot.manifest, self._settings)
         try:
@@ -120,6 +128,26 @@ class Checkpoint:
         self._note_durable(self.progress, self._parts.learner.steps)
         log.info("resumed", version=snapshot.manifest.version, samples=snapshot.manifest.samples)
         return snapshot.manifest
+
+    def _newest(self) -> Snapshot | None:
+        """The newest valid snapshot that rank 0 finds: the others may be on machines that have no store."""
+        ranks, snapshot = self._parts.ranks, None
+        if ranks.number == 0:
+            snapshot, faults = self._parts.store.newest(training=True)
+            for fault in faults:
+                log.warning("a snapshot is passed over", reason=str(fault))
+            if snapshot is None and faults:
+                raise SnapshotCorrupt(
+                    f"none of the {len(faults)} snapshots in {self._parts.store.where} can be resumed from, the newest "
+                    f"because: {faults[0]}; bring one back, or give a new store.url to begin anew"
+                )
+        if ranks.alone:
+            return snapshot
+        manifest = ranks.told(b"" if snapshot is None else snapshot.manifest.model_dump_json().encode())
+        training = ranks.told(b"" if snapshot is None else safetensors.torch.save(snapshot.training))
+        if not manifest:
+            return None
+        return Snapshot(Manifest.model_validate_json(manifest), {}, safetensors.torch.load(training))
 
     def begin(self, offsets: Mapping[int, int]) -> None:
         """Notes where partitions without progress begin, so that a later start misses nothing of them.
@@ -148,7 +176,8 @@ class Checkpoint:
             self._finish(self._save)
         if now >= self._next_reading_s:
             self._read()
-        if self._save is None and self._is_due(now) and self._is_behind:
+        due, behind, saving = self._parts.ranks.any(self._is_due(now), self._is_behind, self._save is not None)
+        if due and behind and not saving:
             self._start()
 
     @property
@@ -160,7 +189,9 @@ class Checkpoint:
         self.durable, self._durable_steps = progress, steps
 
     def _is_due(self, now: float) -> bool:
-        return now >= self._next_s or (self._parts.dead_letters.full and not self._failing)
+        """Whether this rank wants a snapshot; when it is time is for rank 0 to say, which writes it."""
+        on_time = now >= self._next_s and self._parts.ranks.number == 0
+        return on_time or (self._parts.dead_letters.full and not self._failing)
 
     def save(self) -> None:
         """Makes everything learned durable, before the trainer stops; tries again for half of `trainer.stop_grace_s`.
@@ -168,11 +199,15 @@ class Checkpoint:
         Raises:
             SnapshotError: it could not be; the last durable snapshot is what a next start goes on from.
         """
-        until = time.monotonic() + self._settings.trainer.stop_grace_s / 2
-        while self._save is not None or self._is_behind:
-            self._finish(self._save or self._start())
+        until, ranks = time.monotonic() + self._settings.trainer.stop_grace_s / 2, self._parts.ranks
+        while any(ranks.any(self._save is not None, self._is_behind)):
+            if not any(ranks.any(self._save is not None)):
+                self._start()
+            if self._save is not None:
+                self._finish(self._save)
             if self._failing:
-                if time.monotonic() >= until:
+                (late,) = ranks.any(time.monotonic() >= until)
+                if late:
                     raise SnapshotError(
                         f"what was learned since the last snapshot is lost, and will be repeated: {self._failing}"
                     )
@@ -198,23 +233,76 @@ class Checkpoint:
 
     def _start(self) -> _Save:
         began = time.monotonic()
-        state, model = self._parts.learner.state_dict(), self._parts.learner.inference_state()
-        manifest = self._manifest()
+        learner, first = self._parts.learner, self._parts.ranks.number == 0  # which writes what is the same on all
+        state, model = (learner.common_state(), learner.inference_state()) if first else ({}, {})
+        own, manifest = learner.own_state(), self._manifest()
         copied_s = time.monotonic() - began
-        future = self._writer.submit(self._write, manifest, model, state)
+        future = self._writer.submit(self._write, manifest, model, state, own)
         self._save = _Save(future, self.progress, manifest.step, began, copied_s)
         return self._save
 
-    def _write(self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor]) -> _Written:
-        """Writes a snapshot once its dead letters are safe, and prunes old ones; on the writer's thread."""
+    def _write(
+        self, manifest: Manifest, model: dict[str, Tensor], state: dict[str, Tensor], own: dict[str, Tensor]
+    ) -> _Written:
+        """Writes a snapshot once its dead letters are safe, and prunes old ones; on the writer's thread.
+
+        Several ranks do it together: rank 0 has what the others bring, and they learn what became of it.
+        """
         began = time.thread_time()
-        self._parts.dead_letters.flush()  # with those of batches after the copy, which does no harm
-        written = self._parts.store.write(manifest, model, state)
-        try:
-            self._parts.store.prune(time.time())
-        except (OSError, SnapshotError) as error:
-            log.warning("old snapshots are still there", reason=str(error))
+        ranks = self._parts.ranks.saving
+        manifest, owns = self._brought_together(manifest, own)
+        if ranks.number == 0:
+            try:
+                written = self._parts.store.write(manifest, model, joint_state(state, owns))
+            except OSError as error:
+                ranks.told(_Outcome(failure=str(error)).encode())
+                raise
+            ranks.told(_Outcome(manifest=written).encode())
+            try:
+                self._parts.store.prune(time.time())
+            except (OSError, SnapshotError) as error:
+                log.warning("old snapshots are still there", reason=str(error))
+        else:
+            outcome = _Outcome.model_validate_json(ranks.told(b""))
+            if outcome.manifest is None:
+                raise OSError(f"rank 0: {outcome.failure}")
+            written = outcome.manifest
         return _Written(written, time.thread_time() - began)
+
+    def _brought_together(
+        self, manifest: Manifest, own: dict[str, Tensor]
+    ) -> tuple[Manifest, Sequence[dict[str, Tensor]]]:
+        """What each rank has of a snapshot, once the dead letters of all are safe.
+
+        Raises:
+            PublishError: those of one are not; raised on all.
+        """
+        ranks = self._parts.ranks.saving
+        if ranks.alone:
+            self._parts.dead_letters.flush()  # with those of batches after the copy, which does no harm
+            return manifest, [own]
+        share = manifest.model_copy(
+            update={"partitions": {p: part for p, part in manifest.partitions.items() if ranks.owns(p)}}
+        )
+        try:
+            self._parts.dead_letters.flush()
+            said = _Outcome(manifest=share)
+        except PublishError as error:
+            said = _Outcome(failure=str(error))
+        shares = [_Outcome.model_validate_json(text) for text in ranks.texts(said.encode())]
+        parts = [of.manifest for of in shares if of.manifest is not None]
+        if len(parts) < ranks.count:
+            raise PublishError("; ".join(f"rank {rank}: {of.failure}" for rank, of in enumerate(shares) if of.failure))
+        states = ranks.texts(safetensors.torch.save(own))
+        lags = [part.lag_records for part in parts if part.lag_records is not None]
+        together = {
+            "partitions": dict(sorted(item for part in parts for item in part.partitions.items())),
+            "lag_records": sum(lags) if lags else None,
+            "newest_append_s": max(part.newest_append_s for part in parts),
+            "samples_per_second": sum(part.samples_per_second for part in parts),
+        }
+        owns = [safetensors.torch.load(state) for state in states] if ranks.number == 0 else []
+        return manifest.model_copy(update=together), owns
 
     def _finish(self, save: _Save) -> None:
         self._save = None

@@ -4,7 +4,9 @@ import copy
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.batching import Batch
@@ -31,7 +33,7 @@ from trainer.losses import (
 from trainer.model import averaged_state, load_averaged, unprefixed
 from trainer.prequential import BALANCES
 from trainer.schema import FeatureSchema
-from trainer.task import FORGETTING, Noise, Tested
+from trainer.task import FORGETTING, Noise, Predicted, Tested
 
 CALIBRATED: Final = ("focal", "influence_balanced")  # losses of which theory does not say what their logits carry
 HEALTHY_RATIO: Final = 1.05  # largest share of wrong answers beside that of always answering the majority
@@ -86,10 +88,9 @@ class Classification:
         self.averaged.head.grow(len(self.names))  # the counts are the model's own
         self.prequential.grow(len(self.names))
 
-    def test(
-        self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
-    ) -> Tested:
-        """Predicts rows not yet learned from, and takes their errors into the metrics; see `Task.test`."""
+    @torch.no_grad()
+    def predict(self, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor) -> Predicted:
+        """Predicts rows not yet learned from; see `Task.predict`. The columns are two log scores and the logits."""
         target, priors = label.long(), self._priors()
         both: list[Tensor] = []
         scores = []
@@ -98,21 +99,27 @@ class Classification:
         for model in (self.model, self.averaged):
             both.append(model.classify(columns, categorical).values)
             natural = class_log_probabilities(both[-1], priors, 0.0)
-            scores.append(true_log_probability(natural, target).double().mean())
+            scores.append(true_log_probability(natural, target))
         logits = torch.where(averaged_is_better, both[1], both[0])
+        return Predicted(ClassResult(logits, priors), torch.cat([torch.stack(scores, 1), logits], 1))
+
+    def score(self, columns: Tensor, label: Tensor, host_label: NDArray[np.float64]) -> Tested:
+        """Takes the errors of predicted rows into the metrics; see `Task.score`."""
+        target, priors = label.long(), self._priors()
+        scores, logits = columns[:, :2], columns[:, 2:]
         answers = {f"{b:g}": class_log_probabilities(logits, priors, b) for b in BALANCES}
         answers[MAJORITY] = priors.log_stream.expand_as(logits)
         self.prequential.observe(target, answers)
         if self._learner.loss in CALIBRATED:
             self.calibration.observe(logits, priors.log_stream, priors.seen, target)
         missing = 1 - true_log_probability(answers["0"], target).exp()
-        return Tested(ClassResult(logits, priors), answers["0"].argmax(1), torch.stack(scores), missing)
+        return Tested(answers["0"].argmax(1), scores.double().mean(0), missing)
 
-    def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
-        """Takes a batch into the running statistics."""
+    def observe(self, numeric: Tensor, label: Tensor, host_label: NDArray[np.float64], batches: int) -> None:
+        """Takes rows into the running statistics."""
         self.model.features.observe(numeric)
         self.model.labels.observe(label.long())
-        self.phases.observe(len(batch))
+        self.phases.observe(len(label))
 
     def forget(self, fast: bool) -> None:
         """The window of the class counts, as ever or `fast`."""
@@ -169,6 +176,16 @@ class Classification:
                 scale, tilt = self.calibration.fitted.float().unbind()
                 log_learned = (1 - tilt) * log_stream
         return ClassPriors(log_stream, log_learned, scale, counts > 0)
+
+    @property
+    def compares_labels(self) -> bool:
+        """No: classes are counted."""
+        return False
+
+    def running(self) -> list[Tensor]:
+        """What tells the phases of the influence-balanced loss."""
+        phases = self.phases
+        return [phases.steps, phases.plain, phases.plain_before, phases.raw]
 
     def metrics(self) -> dict[str, Any]:
         """`ClassMetrics.compute`."""

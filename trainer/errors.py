@@ -17,6 +17,7 @@ TailstreamError
 │   ├── StoreLocked           another trainer writes to this store
 │   └── StoreUnavailable      an object store is away, or does not let us in
 ├── PublishError              records could not be sent                                          exit 6
+├── RankLost                  another rank of a training job ended                             exit 8
 └── DemoError                 a part of the demo could not be started, or died                   exit 7
 """
 
@@ -113,3 +114,9 @@ class DemoError(TailstreamError):
     """A part of the demo could not be started, or died."""
 
     exit_code = 7
+
+
+class RankLost(TailstreamError):
+    """Another rank of a training job ended, or does not answer."""
+
+    exit_code = 8

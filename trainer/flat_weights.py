@@ -14,18 +14,19 @@ class FlatWeights:
 
     Attributes:
         vector: (P,) parameter, all weights one after the other; give this one to the optimiser.
+        gradient: (P,) of it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._shapes = [p.shape for p in parameters]
         self.vector = nn.Parameter(torch.cat([p.detach().reshape(-1) for p in parameters]))
-        self._gradient = torch.zeros_like(self.vector, requires_grad=False)
-        self.vector.grad = self._gradient
+        self.gradient = torch.zeros_like(self.vector, requires_grad=False)
+        self.vector.grad = self.gradient
         start = 0
         for parameter in parameters:
             part = slice(start, start + parameter.numel())
             parameter.data = self.vector.detach()[part].view_as(parameter)
-            parameter.grad = self._gradient[part].view_as(parameter)
+            parameter.grad = self.gradient[part].view_as(parameter)
             start = part.stop
 
     def parts(self, vector: Tensor) -> list[Tensor]:
@@ -35,18 +36,18 @@ class FlatWeights:
 
     def zero_grad(self) -> None:
         """Makes all gradients 0, in place: backward adds to them."""
-        self._gradient.zero_()
+        self.gradient.zero_()
 
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Norm of the gradient, 0-dim."""
-        norm: Tensor = torch.linalg.vector_norm(self._gradient)
+        norm: Tensor = torch.linalg.vector_norm(self.gradient)
         return norm
 
     @torch.no_grad()
     def divide_gradient(self, divisor: Tensor) -> None:
         """Divides the gradient by a number, 0-dim."""
-        self._gradient.div_(divisor)
+        self.gradient.div_(divisor)
 
     @torch.no_grad()
     def follow(self, other: "FlatWeights", weight: float) -> None:

@@ -45,9 +45,13 @@ class GaussianHead(nn.Module):
         """What is learned at the rate of sigma: sigma itself where it is learned."""
         return list(self.noise.parameters())
 
-    def observe(self, mixture: Mixture, target: Tensor) -> None:
-        """Takes in predictions and labels (B,) not yet learned from; an adaptive sigma follows their residuals."""
-        self.noise.observe(mixture.location - target)
+    def reading(self, mixture: Mixture, target: Tensor) -> Tensor:
+        """What `observe` takes of predictions and labels (B,) not yet learned from: their residuals (B,)."""
+        return mixture.location - target
+
+    def observe(self, reading: Tensor) -> None:
+        """Takes residuals (B,) in; an adaptive sigma follows them."""
+        self.noise.observe(reading)
 
     @torch.no_grad()
     def begin(self, ratio: Tensor) -> None:
@@ -106,10 +110,14 @@ class MixtureHead(nn.Module):
         """None: the scales are outputs of the network."""
         return []
 
+    def reading(self, mixture: Mixture, target: Tensor) -> Tensor:
+        """What `observe` takes of predictions: the mixtures' standard deviations (B,)."""
+        return mixture.spread()
+
     @torch.no_grad()
-    def observe(self, mixture: Mixture, target: Tensor) -> None:
-        """Takes the standard deviations of predictions into their running mean."""
-        spread = mixture.spread().nanmean()
+    def observe(self, reading: Tensor) -> None:
+        """Takes standard deviations (B,) into their running mean."""
+        spread = reading.nanmean()
         self.spread.copy_(torch.where(spread.isfinite(), self.spread.lerp(spread, 1 - SPREAD_DECAY), self.spread))
 
     def begin(self, ratio: Tensor) -> None:

@@ -16,8 +16,9 @@ from trainer.config import Settings
 from trainer.drift import PageHinkley
 from trainer.flat_weights import FlatWeights
 from trainer.model import prefixed, unprefixed
+from trainer.ranks import ALONE, Ranks
 from trainer.regression import Regression
-from trainer.replay import ReplayBuffer
+from trainer.replay import ReplayBuffer, dealt
 from trainer.schema import FeatureSchema
 from trainer.task import Network, Noise, Task
 
@@ -29,6 +30,7 @@ REPLAY_SHARE: Final = 2  # rows replayed for each new one, at most, where the ti
 REPLAY_BACKLOG_STEPS: Final = 64  # replay steps that are made up for after a time without any
 AVERAGING_WARM_UP: Final = 10  # steps
 NEWEST_SAMPLES: Final = 100
+RANK: Final = "rank"  # begins the names of what is the own of ranks but the first, in a state
 TASKS: Final[Mapping[str, Callable[[Settings, FeatureSchema, torch.device], Task]]] = {
     "regression": Regression,
     "classification": Classification,
@@ -41,6 +43,15 @@ class Newest(NamedTuple):
     time_s: NDArray[np.float64]
     label: NDArray[np.float64]
     prediction: Tensor
+
+
+class _Fresh(NamedTuple):
+    """B rows that came now, to all ranks."""
+
+    time_s: NDArray[np.float64]  # (B,)
+    host_label: NDArray[np.float64]  # (B,)
+    label: Tensor  # (B,) on the device
+    numeric: Tensor  # (B, F)
 
 
 class Readings(NamedTuple):
@@ -59,18 +70,22 @@ class Readings(NamedTuple):
 class Learner:
     """Learns from batches; deterministic given the settings and the batches.
 
+    Several ranks call its methods together. Each brings a batch, or one without rows, and keeps its own replay buffer;
+    all else, the metrics too, is the same on all of them.
+
     Attributes:
         task: the networks, and all that depends on what a label is.
         replay: the newest rows.
         drift: whether the error has risen.
         steps: optimiser steps taken.
-        samples: rows learned from (replayed ones not counted again).
+        samples: rows learned from (replayed ones not counted again), by all ranks.
     """
 
-    def __init__(self, settings: Settings, schema: FeatureSchema, device: torch.device) -> None:
+    def __init__(self, settings: Settings, schema: FeatureSchema, device: torch.device, ranks: Ranks = ALONE) -> None:
         learner = settings.learner
         self._settings = learner
         self._device = device
+        self._ranks = ranks
         self._seed = settings.seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -80,7 +95,7 @@ class Learner:
         self.drift = PageHinkley(learner.drift_threshold).to(device)
         self.replay = ReplayBuffer(learner.replay_rows, len(schema.numeric_columns), len(schema.buckets), device)
         self.steps = self.samples = self._batches = self._replay_rows_due = 0
-        self._random = np.random.default_rng(settings.seed)
+        self._random = _generator(settings.seed, ranks)
         self._own = np.zeros(learner.replay_rows, dtype=bool)
         self._scores = torch.zeros(2, dtype=torch.float64, device=device)  # of the current and the averaged weights
         self._loss = torch.full((), torch.nan, device=device)
@@ -126,30 +141,42 @@ class Learner:
             What was predicted before the batch was learned from, in the task's own form; None for a batch without rows
             and for the first one.
         """
-        if not len(batch):
+        numbers = self._ranks.numbers(len(batch), len(self.replay))
+        counts = [rows for rows, _ in numbers]
+        total = sum(counts)
+        if not total:
             return None
         numeric = torch.from_numpy(batch.numeric).to(self._device, non_blocking=True)
         categorical = torch.from_numpy(batch.categorical).to(self._device, non_blocking=True)
         label = torch.from_numpy(batch.label).to(self._device, non_blocking=True)
         self._grow(batch)
-        result = self._test(batch, numeric, categorical, label) if self._batches else None
-        self.task.observe(batch, numeric, label, self._batches)
+        predicted = None
+        if self._batches:
+            predicted = self.task.predict(numeric, categorical, label, self._averaged_is_better())
+        fresh = self._of_all_ranks(batch, numeric, label, counts)
+        if predicted is not None:
+            self._score(self._ranks.rows(predicted.columns, counts), fresh)
+        self.task.observe(fresh.numeric, fresh.label, fresh.host_label, self._batches)
         slots = self.replay.add(numeric, categorical, label)
+        self.samples += total
         self.model.train()
-        torch.manual_seed(self._seed + self._batches)  # what a body draws (dropout) is not part of the state
-        rows = self._settings.step_rows
-        steps = [slots[start : start + rows] for start in range(0, len(slots), rows)]
+        # What a body draws (dropout) is not part of the state.
+        torch.manual_seed(self._seed + self._batches * self._ranks.count + self._ranks.number)
+        rows, held = self._settings.step_rows, [min(self._settings.replay_rows, sum(both)) for both in numbers]
+        starts = range(0, max(counts), rows)
+        steps = [slots[start : start + rows] for start in starts]
+        of_all = [sum(min(max(0, count - start), rows) for count in counts) for start in starts]
         if self._settings.replay_steps == "auto":
             most = REPLAY_BACKLOG_STEPS * rows
-            self._replay_rows_due = min(self._replay_rows_due + REPLAY_SHARE * len(batch), most)
+            self._replay_rows_due = min(self._replay_rows_due + REPLAY_SHARE * total // self._ranks.count, most)
         else:
-            more = self._settings.replay_warm_up_rows / self.replay.seen
+            more = self._settings.replay_warm_up_rows / self.samples
             replays = round(self._settings.replay_steps * min(max(1.0, more), WARM_UP_TIMES))
             steps += self.replay.draw([rows] * replays, self._random)
-        self._learn(steps)
-        self.samples += len(batch)
+            of_all += [sum(min(count, rows) for count in held)] * replays
+        self._learn(steps, of_all, sum(held))
         self._batches += 1
-        return result
+        return None if predicted is None else predicted.result
 
     @property
     def may_replay(self) -> bool:
@@ -160,19 +187,25 @@ class Learner:
         """One step on older rows, where `replay_steps` is `auto` and not enough of them were taken yet."""
         if not self.may_replay:
             return
-        self._replay_rows_due -= self._settings.step_rows
+        rows = self._settings.step_rows
+        self._replay_rows_due -= rows
         self.model.train()
-        self._learn(self.replay.draw([self._settings.step_rows], self._random))
+        held = [count for (count,) in self._ranks.numbers(len(self.replay))]
+        self._learn(self.replay.draw([rows], self._random), [sum(min(count, rows) for count in held)], sum(held))
 
-    def _follow_statistics(self) -> None:
-        """A body's own running statistics are not averaged."""
-        for slow, fast in zip(self.averaged.body.buffers(), self.model.body.buffers(), strict=True):
-            slow.copy_(fast)
+    def _of_all_ranks(self, batch: Batch, numeric: Tensor, label: Tensor, counts: Sequence[int]) -> _Fresh:
+        """A batch's rows, beside those of the other ranks: running statistics are taken over all of them."""
+        if self._ranks.alone:
+            return _Fresh(batch.time_s, batch.label, label, numeric)
+        own = torch.from_numpy(np.column_stack([batch.time_s, batch.label, batch.numeric]))  # float64 holds all of it
+        found = self._ranks.rows(own, counts)
+        there = found.to(self._device, non_blocking=True)
+        return _Fresh(found[:, 0].numpy(), found[:, 1].numpy().copy(), there[:, 1].contiguous(), there[:, 2:].float())
 
     @torch.no_grad()
-    def _test(self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor) -> Any:
-        """Predicts rows not yet learned from, and scores the predictions."""
-        tested = self.task.test(batch, numeric, categorical, label, self._averaged_is_better())
+    def _score(self, columns: Tensor, fresh: _Fresh) -> None:
+        """Scores predictions that were made before their rows are learned from."""
+        tested = self.task.score(columns, fresh.label, fresh.host_label)
         self.drift.observe(tested.error)
         match self._settings.drift_action:
             case "learning_rate":
@@ -181,16 +214,20 @@ class Learner:
             case "forget":
                 self.task.forget(bool(self.drift.acting))
         self._scores.mul_(SCORE_DECAY).add_(tested.scores)
-        self._newest.append(Newest(batch.time_s, batch.label, tested.point))
-        return tested.result
+        self._newest.append(Newest(fresh.time_s, fresh.host_label, tested.point))
 
-    def _learn(self, steps: Sequence[NDArray[np.int64]]) -> None:
-        """Takes optimiser steps, each on rows of the replay buffer (the fresh ones lie there too) at distinct slots."""
+    def _learn(self, steps: Sequence[NDArray[np.int64]], of_all: Sequence[int], held: int) -> None:
+        """Takes optimiser steps, each on rows of the replay buffer (the fresh ones lie there too) at distinct slots.
+
+        Args:
+            steps: slots of this rank's rows; the ranks take the same number of steps, some perhaps without rows.
+            of_all: how many rows all ranks have in each step.
+            held: rows in the replay buffers of all ranks.
+        """
+        memory_rows = self._settings.label_memory // self._ranks.count
         memories = [
             self._not_own(memory, slots)
-            for memory, slots in zip(
-                self.replay.draw([self._settings.label_memory] * len(steps), self._random), steps, strict=True
-            )
+            for memory, slots in zip(self.replay.draw([memory_rows] * len(steps), self._random), steps, strict=True)
         ]
         # What does not change between the steps is done for all of them at once.
         sizes, rows = [len(slots) for slots in steps], sum(map(len, steps))
@@ -199,9 +236,12 @@ class Learner:
         columns = self.task.columns(self.replay.numeric[index[:rows]])
         categorical = self.replay.categorical[index[:rows]]
         targets, others = labels.tensor_split([rows])
-        parts = (torch.split(of, sizes) for of in (columns, categorical, targets))
-        for step in zip(*parts, torch.split(others, [len(slots) for slots in memories]), strict=True):
-            self._update(*step)
+        columns_of, categorical_of, targets_of = (torch.split(of, sizes) for of in (columns, categorical, targets))
+        memory = torch.split(others, [len(slots) for slots in memories])
+        beside = self._labels_of_others(steps, memories)
+        for at, rows_of_all in enumerate(of_all):
+            labels = memory[at] if beside is None else torch.cat([memory[at], beside[at]])
+            self._update(columns_of[at], categorical_of[at], targets_of[at], labels, rows_of_all, held)
         self._follow_statistics()
 
     def _not_own(self, memory: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -211,22 +251,46 @@ class Learner:
         self._own[slots] = False
         return others
 
-    def _update(self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor) -> None:
-        """One optimiser step; see `Task.loss`."""
-        stands_for = max(1.0, (len(self.replay) - len(target)) / max(1, len(memory)))
-        outputs, loss = self.task.loss(columns, categorical, target, memory, stands_for)
+    def _labels_of_others(
+        self, steps: Sequence[NDArray[np.int64]], memories: Sequence[NDArray[np.int64]]
+    ) -> list[Tensor] | None:
+        """Labels that the other ranks bring to each step, of their rows and memories: (M,), of `Task.targets`."""
+        if self._ranks.alone or not self.task.compares_labels:
+            return None
+        index = np.full((1, len(steps), self._settings.step_rows + self._settings.label_memory), -1)
+        for number, both in enumerate(zip(steps, memories, strict=True)):
+            own = np.concatenate(both)
+            index[0, number, : len(own)] = own
+        slots = torch.from_numpy(index).to(self._device)
+        labels = torch.where(slots < 0, torch.nan, self.replay.label[slots.clamp(min=0)])
+        found = self._ranks.rows(labels, [1] * self._ranks.count)
+        others = self.task.targets(torch.cat([found[: self._ranks.number], found[self._ranks.number + 1 :]]))
+        # A device is not waited for: there the losses mask what is NaN.
+        by_step = others.transpose(0, 1).flatten(1)
+        return [of if self._device.type != "cpu" else of[~of.isnan()] for of in by_step]
+
+    def _update(
+        self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor, of_all: int, held: int
+    ) -> None:
+        """One optimiser step: the gradient is that of the mean over the rows of all ranks; see `Task.loss`."""
         self._weights.zero_grad()
         for sigma, _ in self._sigma:
-            sigma.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+            sigma.grad = None if self._ranks.alone else torch.zeros_like(sigma)
+        loss, checked = torch.zeros(2, device=self._device)
+        if len(target):
+            stands_for = max(1.0, (held - len(target)) / max(1, len(memory)))
+            outputs, own = self.task.loss(columns, categorical, target, memory, stands_for)
+            own = own if of_all == len(target) else own * (len(target) / of_all)
+            own.backward()  # type: ignore[no-untyped-call]
+            # The losses leave rows out that are not finite, so a network that has gone astray shows in its outputs.
+            loss, checked = own.detach(), sum((part.detach().sum() for part in outputs), own.detach())
+        slopes = [sigma.grad for sigma, _ in self._sigma if sigma.grad is not None]
+        if not self._ranks.alone:
+            loss, checked = loss.clone(), 0.0 * checked
+            self._ranks.sum_(self._weights.gradient, loss, checked, *slopes)
         norm = self._weights.norm()
         excess = (norm / self._settings.gradient_clip).clamp(min=1.0)
-        # The losses leave rows out that are not finite, so a network that has gone astray shows in its outputs alone.
-        total = sum((part.detach().sum() for part in outputs), norm + loss.detach())
-        for sigma, _ in self._sigma:
-            if sigma.grad is not None:
-                total = total + sigma.grad
-        nonfinite = total.isfinite().logical_not_().float()
+        nonfinite = sum(slopes, norm + checked).isfinite().logical_not_().float()
         if self._fused:  # the optimiser divides, and where `found_inf` is 1 it does nothing
             self.optimizer.grad_scale, self.optimizer.found_inf = excess, nonfinite  # type: ignore[attr-defined]
         else:
@@ -242,6 +306,19 @@ class Learner:
                 slow.lerp_(fast, 1 - kept)
             loss = torch.where(self._loss.isnan(), loss, self._loss.lerp(loss, LOSS_WEIGHT))
             self._loss = torch.where(nonfinite > 0, self._loss, loss)
+
+    @torch.no_grad()
+    def _follow_statistics(self) -> None:
+        """A body's own running statistics are not averaged over time; over the ranks they are, and those of losses."""
+        if not self._ranks.alone:
+            own = [*self.task.running(), *filter(torch.is_floating_point, self.model.body.buffers())]
+            means = [value / self._ranks.count for value in own]
+            if means:
+                self._ranks.sum_(*means)
+            for value, mean in zip(own, means, strict=True):
+                value.copy_(mean)
+        for slow, fast in zip(self.averaged.body.buffers(), self.model.body.buffers(), strict=True):
+            slow.copy_(fast)
 
     def _averaged_is_better(self) -> Tensor:
         return self._scores[1] > self._scores[0]
@@ -286,20 +363,27 @@ class Learner:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of everything: a learner that loads it goes on as this one would."""
+        return {**self.common_state(), **self.own_state()}
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of what is this rank's alone: the replay buffer and the generator."""
+        random = json.dumps(self._random.bit_generator.state).encode()
+        own = {"learner.random": torch.frombuffer(bytearray(random), dtype=torch.uint8)}
+        return _copies({**prefixed("replay", self.replay.state_dict()), **own})
+
+    def common_state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of all that is the same on all ranks."""
         optimizer = {
             f"{index}.{name}": value
             for index, slots in self.optimizer.state_dict()["state"].items()
             for name, value in slots.items()
         }
-        random = json.dumps(self._random.bit_generator.state).encode()
         parts = {
             **self.task.state_dict(),
             "optimizer": optimizer,
-            "replay": self.replay.state_dict(),
             "drift": self.drift.state_dict(),
             "learner": {
                 "counts": torch.tensor([self.steps, self.samples, self._batches]),
-                "random": torch.frombuffer(bytearray(random), dtype=torch.uint8),
                 "scores": self._scores,
                 "loss": self._loss,
                 "nonfinite": self._nonfinite,
@@ -310,7 +394,7 @@ class Learner:
         )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `state_dict` gave.
+        """Takes back what `state_dict` gave, or `joint_state` of ranks that may have been more or fewer than now.
 
         Raises:
             KeyError, RuntimeError: it is of another model.
@@ -323,14 +407,19 @@ class Learner:
             slots.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]  # learning rates are those of the configuration
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
-        self.replay.load_state_dict(unprefixed("replay", state))
         self.drift.load_state_dict(unprefixed("drift", state))
         learner = unprefixed("learner", state)
         self.steps, self.samples, self._batches = learner["counts"].tolist()
-        self._random.bit_generator.state = json.loads(learner["random"].numpy().tobytes())
         self._scores.copy_(learner["scores"])
         self._loss = learner["loss"].to(self._device)
         self._nonfinite.copy_(learner["nonfinite"])
+        own = _own_states(state)
+        before = [unprefixed("replay", part) for part in own]
+        same = len(own) == self._ranks.count
+        self.replay.load_state_dict(before[self._ranks.number] if same else dealt(before, self._ranks))
+        if self._ranks.number < len(own):
+            random = own[self._ranks.number]["learner.random"]
+            self._random.bit_generator.state = json.loads(random.numpy().tobytes())
 
 
 def _padded(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
@@ -343,3 +432,22 @@ def _padded(values: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
 
 def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def _generator(seed: int, ranks: Ranks) -> np.random.Generator:
+    """Each rank draws by its own."""
+    return np.random.default_rng([seed, ranks.number] if ranks.number else seed)
+
+
+def joint_state(common: dict[str, Tensor], own: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """One state of `common_state` and the `own_state` of each rank; that of one rank is its `state_dict`."""
+    others = (prefixed(f"{RANK}{rank}", part) for rank, part in enumerate(own) if rank)
+    return {**common, **own[0], **{name: value for part in others for name, value in part.items()}}
+
+
+def _own_states(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What was each rank's own in a `joint_state`."""
+    own = [state]
+    while part := unprefixed(f"{RANK}{len(own)}", state):
+        own.append(part)
+    return own

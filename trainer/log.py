@@ -1,6 +1,7 @@
 """Log lines: one event a line with its facts as keys, coloured for a terminal, JSON for machines, always on stderr."""
 
 import logging
+import os
 import sys
 from typing import Final, Literal
 
@@ -26,6 +27,7 @@ def configure_logging(format: LogFormat) -> None:
     for_people = format == "console" or (format == "auto" and terminal)
     every_event: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        *([_with_rank] if os.environ.get("WORLD_SIZE", "1") != "1" else []),
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
@@ -64,3 +66,8 @@ def configure_logging(format: LogFormat) -> None:
 
 def _first_things_first(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return {key: event[key] for key in FIRST if key in event} | dict(event)
+
+
+def _with_rank(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Says which of the ranks that torchrun started a line is of."""
+    return {**event, "rank": int(os.environ.get("RANK", "0"))}

@@ -1,45 +1,37 @@
 """The loop: records come in batches; each is learned from, then its offsets and the new state are saved together."""
 
-import threading
 import time
-from contextlib import suppress
-from typing import Final
+from contextlib import closing, suppress
 
 from trainer.checkpoint import Checkpoint, Parts
 from trainer.errors import SnapshotError, SourceError
+from trainer.turns import Turns
 
-LETTERS_POLL_S: Final = 0.05
 
-
-def train(parts: Parts, checkpoint: Checkpoint, stop: threading.Event) -> None:
-    """Learns from the source until told to stop, or until the source has no more.
+def train(parts: Parts, checkpoint: Checkpoint, turns: Turns) -> None:
+    """Learns from the source until told to stop, or until the source has no more; all ranks of a job in step.
 
     Rejected records go to the dead letters, and their offsets count as consumed; training waits while too many of them
     wait for the broker. What has been learned is saved when the checkpoint finds it due, and once more at the end, also
     where the source can give no more: its records may have expired by the next start.
     """
-    try:
+    with closing(checkpoint):
         checkpoint.begin(parts.source.open(checkpoint.progress))
         checkpoint.tick()  # where a first start began is on its way to the disk before anything is learned
-        with parts.source.batches(lambda: parts.learner.may_replay) as batches:
-            for batch in batches:
-                if batch is not None:
-                    began = time.perf_counter()
-                    parts.dead_letters.write(batch.rejected)
-                    parts.learner.step(batch)
-                    checkpoint.advance(batch)
-                    parts.metrics.trained(batch, time.perf_counter() - began)
-                else:
-                    parts.learner.replay_when_idle()
-                checkpoint.tick()
-                while parts.dead_letters.full and not stop.wait(LETTERS_POLL_S):
-                    checkpoint.tick()  # its saves send them
-                if stop.is_set():
-                    break
-            checkpoint.save()
-    except SourceError:
-        with suppress(SnapshotError):  # it has been said, and why it ends is the source
-            checkpoint.save()
-        raise
-    finally:
-        checkpoint.close()
+        try:
+            with parts.source.batches(turns.patience_s) as batches:
+                for batch in turns.of(batches):
+                    if batch is not None:
+                        began = time.perf_counter()
+                        parts.dead_letters.write(batch.rejected)
+                        parts.learner.step(batch)
+                        checkpoint.advance(batch)
+                        parts.metrics.trained(batch, time.perf_counter() - began)
+                    else:
+                        parts.learner.replay_when_idle()
+                    checkpoint.tick()
+                checkpoint.save()
+        except SourceError:
+            with suppress(SnapshotError):  # it has been said, and why it ends is the source
+                checkpoint.save()
+            raise

@@ -17,7 +17,13 @@ POLL_RECORDS: Final = 2048
 BATCHES_AHEAD: Final = 4  # a full queue stops the fetching: memory stays flat however far behind the trainer is
 JOIN_S: Final = 10.0  # a poll of a broker that is away takes a few seconds to end
 
+Patience = Callable[[], float]  # seconds to wait for a batch
 End = BaseException | None  # what the thread ended with; None where the source has no more
+
+
+def a_moment() -> float:
+    """The patience of whoever has nothing else to do."""
+    return LONGEST_POLL_S
 
 
 class BatchSource(Protocol):
@@ -31,11 +37,12 @@ class BatchSource(Protocol):
     def open(self, progress: Progress) -> dict[int, int]:
         """Begins after `progress`, as `RecordSource.open` does."""
 
-    def batches(self, busy: Callable[[], bool] = lambda: False) -> AbstractContextManager[Iterator[Batch | None]]:
-        """Batches of an open source in order, and None when none came for a moment; ends with the source.
+    def batches(
+        self, patience_s: Callable[[], float] = lambda: LONGEST_POLL_S
+    ) -> AbstractContextManager[Iterator[Batch | None]]:
+        """Batches of an open source in order, and None when none came in `patience_s`; ends with the source.
 
-        Errors of the source are raised once the batches before them are taken. While whoever takes them says that it
-        is `busy`, None comes at once where no batch is waiting.
+        Errors of the source are raised once the batches before them are taken.
         """
 
     def commit(self, progress: Progress) -> None:
@@ -59,7 +66,7 @@ class ThreadedSource:
         self.close = source.close
 
     @contextmanager
-    def batches(self, busy: Callable[[], bool] = lambda: False) -> Iterator[Iterator[Batch | None]]:
+    def batches(self, patience_s: Patience = a_moment) -> Iterator[Iterator[Batch | None]]:
         """See `BatchSource`; the thread ends with the context."""
         ready: Queue[Batch | End] = Queue(BATCHES_AHEAD)
         stop = threading.Event()
@@ -85,7 +92,7 @@ class ThreadedSource:
         thread = threading.Thread(target=fetch, name="prefetch", daemon=True)
         thread.start()
         try:
-            yield _taken(ready, busy)
+            yield _taken(ready, patience_s)
         finally:
             stop.set()
             thread.join(JOIN_S)
@@ -99,10 +106,11 @@ def fetched(source: RecordSource, batcher: Batcher, max_wait_s: float, stop: thr
             return
 
 
-def _taken(ready: "Queue[Batch | End]", busy: Callable[[], bool]) -> Iterator[Batch | None]:
+def _taken(ready: "Queue[Batch | End]", patience_s: Patience) -> Iterator[Batch | None]:
     while True:
         try:
-            item = ready.get_nowait() if busy() else ready.get(timeout=LONGEST_POLL_S)
+            wait_s = patience_s()
+            item = ready.get(timeout=wait_s) if wait_s else ready.get_nowait()
         except Empty:
             yield None
             continue

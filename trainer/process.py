@@ -19,16 +19,18 @@ from trainer.checkpoint import Checkpoint, Parts, check_same_topic
 from trainer.config import Settings
 from trainer.dead_letter import FLUSH_S, DeadLetters
 from trainer.errors import ConfigError
-from trainer.kafka_client import Producer, TopicDescription, create_topic
+from trainer.kafka_client import Producer, create_topic
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.losses import kernel
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import BatchSource, ThreadedSource
+from trainer.ranks import joined, local_rank
 from trainer.schema import FeatureSchema
 from trainer.snapshot import open_store
-from trainer.source import KafkaSource, kafka_batches
+from trainer.source import KafkaSource, Share, kafka_batches
 from trainer.source_process import SourceProcess
+from trainer.turns import Turns
 
 ABORTED: Final = 130  # exit code after a second signal
 OVERDUE: Final = 3  # exit code when a clean stop took longer than trainer.stop_grace_s
@@ -43,26 +45,29 @@ def run(settings: Settings) -> None:
         TailstreamError: it cannot start, or cannot go on.
     """
     torch.set_num_threads(settings.threads)
-    device = choose_device(settings.device)
     schema = FeatureSchema.of(settings)
     store = open_store(settings.store)
     metrics = TrainerMetrics()
     with ExitStack() as stack:
-        stack.enter_context(store.lock())
         stop = stack.enter_context(_stop_on_signals(settings.trainer.stop_grace_s))
-        port = metrics.serve(settings.trainer.metrics_host, settings.trainer.metrics_port)
+        ranks = stack.enter_context(joined())
+        device = choose_device(settings.device, None if ranks.alone else local_rank())
+        if ranks.number == 0:
+            stack.enter_context(store.lock())
+        port = metrics.serve(settings.trainer.metrics_host, _port_of_rank(settings.trainer.metrics_port))
         log.info("trainer started", device=str(device), store=store.where, metrics_port=port, pid=os.getpid())
         if device.type == "cpu" and not kernel.is_loaded():
             log.warning(
                 "the losses' kernel was not compiled: learning is slower; install again where there is a C compiler"
             )
-        topic = KafkaSource(settings.kafka, stop)
+        share = Share(ranks.number, ranks.count)
+        topic = KafkaSource(settings.kafka, stop, share)
         metrics.watch_broker(lambda: topic.broker_up)
-        learner = Learner(settings, schema, device)
+        learner = Learner(settings, schema, device, ranks)
         topic.wait()
         if stop.is_set():
             return
-        source = _batch_source(settings, schema, topic.identity, stop)
+        source = _batch_source(settings, schema, topic, stop, share)
         stack.callback(source.close)
         producer = topic.insist(lambda: _dead_letter_producer(settings))
         if producer is None:
@@ -70,40 +75,49 @@ def run(settings: Settings) -> None:
         stack.callback(producer.close)
         metrics.watch_broker(lambda: source.standing().broker_up)
         dead_letters = DeadLetters(producer, settings.kafka.topic, settings.kafka.dead_letters)
-        parts = Parts(source, learner, store, dead_letters, metrics)
+        parts = Parts(source, learner, store, dead_letters, metrics, ranks)
         checkpoint = Checkpoint(settings, parts)
         manifest = checkpoint.restore()
         if manifest is not None:
             check_same_topic(manifest, source.identity)
-        train(parts, checkpoint, stop)
+        turns = Turns(ranks, schema, lambda: dead_letters.full, lambda: learner.may_replay, stop.is_set)
+        train(parts, checkpoint, turns)
         log.info("trainer stopped", samples=learner.samples)
 
 
 def _batch_source(
-    settings: Settings, schema: FeatureSchema, identity: TopicDescription, stop: threading.Event
+    settings: Settings, schema: FeatureSchema, topic: KafkaSource, stop: threading.Event, share: Share
 ) -> BatchSource:
-    """The topic in batches, made where `source.process` says."""
-    max_wait_s = settings.batch.max_wait_s
-    if settings.source.process:
-        make = partial(kafka_batches, settings, identity)
-        log_format = settings.trainer.log_format
-        return SourceProcess(make, schema, settings.batch.size, max_wait_s, identity, stop, log_format)
-    source = KafkaSource(settings.kafka, stop)
-    source.identity = identity
-    return ThreadedSource(source, Batcher(schema, settings.batch.size), max_wait_s)
+    """A topic that was waited for, in batches, made where `source.process` says."""
+    rows, max_wait_s = settings.batch.size, settings.batch.max_wait_s
+    if not settings.source.process:
+        return ThreadedSource(topic, Batcher(schema, rows), max_wait_s)
+    make = partial(kafka_batches, settings, topic.identity, share)
+    return SourceProcess(make, schema, rows, max_wait_s, topic.identity, stop, settings.trainer.log_format)
 
 
-def choose_device(name: str) -> torch.device:
+def _port_of_rank(port: int) -> int:
+    """Each rank of a machine answers at a port of its own, the first at the one that is configured."""
+    return port + local_rank() if port else 0
+
+
+def choose_device(name: str, local: int | None = None) -> torch.device:
     """The device that a setting names; `auto` is CUDA where there is one.
+
+    Args:
+        name: the setting.
+        local: number of a rank on its machine: each takes a CUDA device of its own, unless one is named by its number.
 
     Raises:
         ConfigError: CUDA is asked for and there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    device = torch.device("cuda", local) if name == "cuda" and local is not None else torch.device(name)
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise ConfigError(f'device: {name!r} is not there; use "auto" or "cpu"')
+        raise ConfigError(f'device: {str(device)!r} is not there; use "auto" or "cpu", or start fewer ranks')
+    if device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 

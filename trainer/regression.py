@@ -5,6 +5,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.batching import Batch
@@ -29,7 +30,7 @@ from trainer.model import Model, averaged_state, build_model, inference_state, l
 from trainer.predictive import GridDensity
 from trainer.prequential import BALANCES, MEDIAN, PrequentialMetrics
 from trainer.schema import FeatureSchema
-from trainer.task import FORGETTING, Noise, Tested
+from trainer.task import FORGETTING, Noise, Predicted, Tested
 
 INTERVAL: Final = 0.9
 GRID_EVERY: Final = 4  # batches between refreshes of the label density that answers are made with, once it is settled
@@ -47,6 +48,20 @@ class StepResult(NamedTuple):
     density: GridDensity  # of the weights that answer
     log_score: Tensor  # (B,) at balance 0, natural logs per label unit
     covered: Tensor  # (B,) bool, whether the label lay in its interval at balance 0
+
+
+class _Columns(NamedTuple):
+    """What is kept of each predicted row, (B,) each; NaN where weights that do not answer were not tried."""
+
+    reading: Tensor  # of the head with current weights
+    averaged_reading: Tensor
+    current_score: Tensor  # log scores
+    averaged_score: Tensor
+    score: Tensor  # of the weights that answer
+    level: Tensor  # P(Y <= label)
+    covered: Tensor
+    natural: Tensor  # points at both balances
+    balanced: Tensor
 
 
 class Regression:
@@ -84,56 +99,60 @@ class Regression:
         """False: numbers need no room."""
         return False
 
-    def test(
-        self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
-    ) -> Tested:
-        """Predicts rows not yet learned from, and takes their errors into the metrics; see `Task.test`."""
-        answering, score, means = self._scored(numeric, categorical, label, averaged_is_better)
-        answers = {
-            f"{balance:g}": answering.answer(balance, self.calibration.ends(INTERVAL) if balance == 0 else None)
-            for balance in BALANCES
-        }
-        self.calibration.observe(answering.level(label))
-        natural = answers["0"]
-        assert natural.lower is not None
-        assert natural.upper is not None
-        covered = (label >= natural.lower) & (label <= natural.upper)
-        points = {name: answer.point for name, answer in answers.items()}
-        points[MEDIAN] = natural.point.new_full((len(batch),), self._median)
-        self.prequential.observe(batch.label, points, covered, score)
-        return Tested(StepResult(answering, score, covered), natural.point, means, (label - natural.point).abs())
-
-    def _scored(
-        self, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
-    ) -> tuple[GridDensity, Tensor, Tensor]:
-        """The density that answers, its log scores (B,), and the mean scores (2,) of current and averaged weights."""
+    @torch.no_grad()
+    def predict(self, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor) -> Predicted:
+        """Predicts rows not yet learned from; see `Task.predict`."""
         self.model.eval()
         rows = self.model.features(numeric), categorical, self.model.labels.standardise(label)
-        floor = SCORE_FLOOR - self.model.labels.sd.log()
         # Only a CPU may look which weights answer, and then spares most of the work for the others.
         looks = self._device.type == "cpu"
         swapped = looks and bool(averaged_is_better)
         first, second = (self.averaged, self.model) if swapped else (self.model, self.averaged)
         tried = slice(None, None, TRIED_EVERY if looks else 1)
-        answering, other = self._density(first, *rows), self._density(second, *(part[tried] for part in rows))
-        score, other_score = answering.log_score(label), other.log_score(label[tried])
-        means = torch.stack([s.clamp(min=floor).double().mean() for s in (score[tried], other_score)])
-        if looks:
-            return answering, score, means.flip(0) if swapped else means
-        return (
-            other.where(averaged_is_better, answering),
-            torch.where(averaged_is_better, other_score, score),
-            means,
+        answering, reading = self._density(first, *rows)
+        other, tried_reading = self._density(second, *(part[tried] for part in rows))
+        score = answering.log_score(label)
+        other_score, other_reading = torch.full_like(score, torch.nan), torch.full_like(reading, torch.nan)
+        other_score[tried], other_reading[tried] = other.log_score(label[tried]), tried_reading
+        scores, readings = [score, other_score], [reading, other_reading]
+        if swapped:
+            scores, readings = scores[::-1], readings[::-1]
+        if not looks:
+            answering = other.where(averaged_is_better, answering)
+            score = torch.where(averaged_is_better, other_score, score)
+        natural, balanced = (
+            answering.answer(balance, self.calibration.ends(INTERVAL) if balance == 0 else None) for balance in BALANCES
         )
+        assert natural.lower is not None
+        assert natural.upper is not None
+        covered = (label >= natural.lower) & (label <= natural.upper)
+        level = answering.level(label)
+        columns = [*readings, *scores, score, level, covered, natural.point, balanced.point]  # see `_Columns`
+        return Predicted(StepResult(answering, score, covered), torch.stack([c.double() for c in columns], 1))
 
-    def _density(self, model: Model, columns: Tensor, categorical: Tensor, target: Tensor) -> GridDensity:
-        """What weights say of rows not yet learned from; the head takes in how wide that is."""
+    def _density(
+        self, model: Model, columns: Tensor, categorical: Tensor, target: Tensor
+    ) -> tuple[GridDensity, Tensor]:
+        """What weights say of rows not yet learned from, and what their head will take in of it."""
         mixture = model.density(columns, categorical)
-        model.head.observe(mixture, target)
-        return GridDensity.of(model.components(mixture), self._grid, self._prior)
+        return GridDensity.of(model.components(mixture), self._grid, self._prior), model.head.reading(mixture, target)
 
-    def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
-        """Takes a batch into the running statistics; predictions in label units stay as they were (Pop-Art)."""
+    def score(self, columns: Tensor, label: Tensor, host_label: NDArray[np.float64]) -> Tested:
+        """Takes the errors of predicted rows into the metrics; see `Task.score`."""
+        of = _Columns(*columns.unbind(1))
+        for model, reading in ((self.model, of.reading), (self.averaged, of.averaged_reading)):
+            model.head.observe(reading.float())
+        self.calibration.observe(of.level)
+        points = dict(zip((f"{balance:g}" for balance in BALANCES), (of.natural, of.balanced), strict=True))
+        points[MEDIAN] = torch.full_like(of.natural, self._median)
+        self.prequential.observe(host_label, points, of.covered, of.score)
+        floor = SCORE_FLOOR - self.model.labels.sd.log()
+        both = torch.stack([of.current_score, of.averaged_score]).clamp(min=floor)
+        means = torch.where(both.isnan().any(0), torch.nan, both).nanmean(1)  # of rows that both have predicted
+        return Tested(of.natural, means, (label - of.natural).abs())
+
+    def observe(self, numeric: Tensor, label: Tensor, host_label: NDArray[np.float64], batches: int) -> None:
+        """Takes rows into the running statistics; predictions in label units stay as they were (Pop-Art)."""
         ratio, shift = self.model.observe(numeric, label)
         for model in (self.model, self.averaged):
             if batches:
@@ -143,7 +162,7 @@ class Regression:
         if isinstance(self.labels, LabelMixture | LabelHistogram):
             self.labels.rescale(ratio, shift)
             self.labels.observe(self.model.labels.standardise(label))
-        self.density.observe(torch.from_numpy(batch.label))
+        self.density.observe(torch.from_numpy(host_label))
         if batches < GRID_SETTLED or batches % GRID_EVERY == 0:
             grid = self.density.grid()
             self._median = _median(grid)
@@ -174,18 +193,27 @@ class Regression:
         name, head = self._loss, self.model.head
         if isinstance(head, MixtureHead):
             if name == "bmc":
-                return density_bmc_loss(mixture, target, memory=memory, memory_weight=memory_weight)
+                return density_bmc_loss(mixture, target, memory=memory, memory_weight=memory_weight, gather=False)
             label = self.model.labels.restore(target)
             return density_nll_loss(mixture, target, weights=self._grid.log_weight(label).exp().float())
         match name:
             case "bmc":
-                return bmc_loss(mixture.location, target, head.sigma(), memory=memory)
+                return bmc_loss(mixture.location, target, head.sigma(), memory=memory, gather=False)
             case "gai":
                 return gai_loss(mixture.location, target, head.sigma(), cast("LabelMixture", self.labels))
             case "bni":
                 return bni_loss(mixture.location, target, head.sigma(), cast("LabelHistogram", self.labels))
             case _:
                 return PLAIN_LOSSES[name](mixture.location, target)
+
+    @property
+    def compares_labels(self) -> bool:
+        """Whether the loss is a sum over labels."""
+        return self._loss == "bmc"
+
+    def running(self) -> list[Tensor]:
+        """None: what losses need is observed, not computed by them."""
+        return []
 
     def metrics(self) -> dict[str, Any]:
         """`PrequentialMetrics.compute`."""

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.ranks import Ranks
+
 COLUMNS: Final = ("numeric", "categorical", "label")
 
 
@@ -71,3 +73,27 @@ class ReplayBuffer:
         for name in COLUMNS:
             getattr(self, name)[: len(state[name])] = state[name].to(self.label.device)
         self.seen = int(state["seen"])
+
+
+def dealt(before: Sequence[dict[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """This rank's share of the rows that other ranks held, so that none is lost that there is room for.
+
+    Args:
+        before: `ReplayBuffer.state_dict` of each rank that there was.
+        ranks: those there are now.
+
+    Returns:
+        A state of as many rows as one of those had at most; old and new ones as they were mixed.
+    """
+    rows = {name: torch.cat([_by_age(state, name) for state in before]) for name in COLUMNS}
+    age = torch.cat([torch.arange(len(state["label"]) - 1, -1, -1) for state in before])
+    oldest_first = age.argsort(descending=True, stable=True)[ranks.number :: ranks.count]
+    most = max(len(state["label"]) for state in before)
+    kept = oldest_first[-most:] if most else oldest_first
+    return {**{name: values[kept] for name, values in rows.items()}, "seen": torch.tensor(len(kept))}
+
+
+def _by_age(state: dict[str, Tensor], name: str) -> Tensor:
+    """The rows of a ring, the oldest first."""
+    values = state[name]
+    return values.roll(-(int(state["seen"]) % max(1, len(values))), 0) if int(state["seen"]) > len(values) else values

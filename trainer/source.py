@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol, TypeVar
@@ -18,6 +18,7 @@ from trainer.kafka_client import PROBE_S, Consumer, TopicDescription, describe_t
 from trainer.schema import FeatureSchema
 
 BACKOFF_S: Final = (0.2, 5.0)  # first and longest pause between tries to reach a broker
+LOOK_S: Final = 10.0  # between looks for a first partition, where there are fewer than ranks
 SILENCE_S: Final = 1.0  # without a record, before the broker is asked whether it is there
 
 log = structlog.get_logger()
@@ -71,8 +72,41 @@ class RecordSource(Protocol):
         """Lets go."""
 
 
+class TopicConsumer(Protocol):
+    """A client that reads assigned partitions; what each method does is said at `trainer.kafka_client.Consumer`."""
+
+    def assign(self, offsets: Mapping[int, int | None], start: str = "earliest") -> dict[int, int]: ...  # noqa: D102
+    def add(self, partitions: Iterable[int]) -> dict[int, int]: ...  # noqa: D102
+    def partitions(self) -> set[int]: ...  # noqa: D102
+    def topic_id(self) -> str | None: ...  # noqa: D102
+    def poll(self, max_records: int, timeout_s: float) -> list[Record]: ...  # noqa: D102
+    def position(self, partition: int) -> int: ...  # noqa: D102
+    def positions(self) -> dict[int, int]: ...  # noqa: D102
+    def bounds(self) -> dict[int, tuple[int, int]]: ...  # noqa: D102
+    def look_for_ends(self) -> dict[int, int] | None: ...  # noqa: D102
+    def ends(self) -> dict[int, int]: ...  # noqa: D102
+    def seek(self, offsets: Mapping[int, int]) -> None: ...  # noqa: D102
+    def commit(self, offsets: Mapping[int, int]) -> None: ...  # noqa: D102
+    def commit_and_wait(self, offsets: Mapping[int, int]) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Share(NamedTuple):
+    """Which partitions are read: those whose number leaves this remainder."""
+
+    remainder: int
+    divisor: int
+
+    def has(self, partition: int) -> bool:
+        """Whether a partition is read."""
+        return partition % self.divisor == self.remainder
+
+
+WHOLE: Final = Share(0, 1)
+
+
 class KafkaSource:
-    """All partitions of one topic, assigned and not subscribed: one trainer owns them all.
+    """Partitions of one topic, assigned and not subscribed: one trainer owns them all, or each of its ranks its share.
 
     Partitions that the topic gains while it is read are read from their beginning. The client is for one thread:
     `open`, `poll` and `close` must not run at the same time. `standing` and `commit` may.
@@ -83,10 +117,11 @@ class KafkaSource:
         broker_up: whether the broker answered when last heard or asked.
     """
 
-    def __init__(self, settings: KafkaSettings, stop: threading.Event) -> None:
+    def __init__(self, settings: KafkaSettings, stop: threading.Event, share: Share = WHOLE) -> None:
         self._settings = settings
+        self._share = share
         self._stop = stop
-        self._consumer: Consumer | None = None
+        self._consumer: TopicConsumer | None = None
         self._ends: dict[int, int] = {}
         self._places: dict[int, _Place] = {}
         self._durable: Progress = {}
@@ -118,11 +153,12 @@ class KafkaSource:
                 f"topic {self._settings.topic!r} has partitions {list(self.identity.partitions)}, but the snapshot has "
                 f"progress in {missing} too: it is another topic; give it its own store.url"
             )
-        offsets = {p: progress[p].next_offset if p in progress else None for p in self.identity.partitions}
+        mine = filter(self._share.has, self.identity.partitions)
+        offsets = {p: progress[p].next_offset if p in progress else None for p in mine}
         start = "earliest" if progress else self._settings.start
 
-        def begin() -> tuple[Consumer, dict[int, int]]:
-            consumer = Consumer(self._settings)
+        def begin() -> tuple[TopicConsumer, dict[int, int]]:
+            consumer = _consumer(self._settings)
             try:
                 return consumer, consumer.assign(offsets, start)
             except BaseException:
@@ -172,6 +208,9 @@ class KafkaSource:
         consumer = self._consumer
         if consumer is None:
             return []
+        if not self._places:
+            self._look_for_partitions(consumer, timeout_s)
+            return []
         offsets = self._to_commit()
         if offsets != self._committed:
             consumer.commit(offsets)
@@ -197,17 +236,28 @@ class KafkaSource:
             self._ask(consumer)
         return records
 
-    def _take_up(self, consumer: Consumer, partitions: set[int]) -> None:
+    def _look_for_partitions(self, consumer: TopicConsumer, timeout_s: float) -> None:
+        """Whether the topic has gained one for this share, which has none so far: then nobody else notices."""
+        self._stop.wait(timeout_s)
+        if time.monotonic() - self._silent_since_s > LOOK_S:
+            self._silent_since_s = time.monotonic()
+            with suppress(BrokerUnavailable, TopicMissing):
+                found = describe_topic(self._settings, self._settings.topic, PROBE_S)
+                self._take_up(consumer, set(found.partitions) - set(self.identity.partitions))
+
+    def _take_up(self, consumer: TopicConsumer, partitions: set[int]) -> None:
         """Reads partitions that the topic has gained, too; from their beginning, so that nothing is missed."""
+        mine = set(filter(self._share.has, partitions))
         try:
-            begun = consumer.add(partitions)
+            begun = consumer.add(mine) if mine else {}
         except BrokerUnavailable:
             return  # no leader yet: the next poll tries again
         self.identity = self.identity._replace(partitions=tuple(sorted({*self.identity.partitions, *partitions})))
         self._places |= {p: _Place(offset, offset, offset) for p, offset in begun.items()}
-        log.info("reading partitions that were added", topic=self._settings.topic, offsets=_by_name(begun))
+        if begun:
+            log.info("reading partitions that were added", topic=self._settings.topic, offsets=_by_name(begun))
 
-    def _ask(self, consumer: Consumer) -> None:
+    def _ask(self, consumer: TopicConsumer) -> None:
         """Whether nothing comes because there is nothing, or because nobody is there."""
         ends = consumer.look_for_ends()
         if ends is not None and not self._trouble:
@@ -252,7 +302,7 @@ class KafkaSource:
             log.warning(what if kind == "BrokerUnavailable" else "waiting for the topic", reason=str(error))
         self._trouble = kind
 
-    def _skip_lost(self, consumer: Consumer, error: OffsetsLost) -> None:
+    def _skip_lost(self, consumer: TopicConsumer, error: OffsetsLost) -> None:
         """Goes on behind what has expired.
 
         Raises:
@@ -287,7 +337,7 @@ class KafkaSource:
 
     def _to_commit(self) -> dict[int, int]:
         """Offsets up to which nothing is left to learn from, transaction markers included."""
-        return {partition: _reached(self._places[partition], part) for partition, part in self._durable.items()}
+        return {p: _reached(self._places[p], part) for p, part in self._durable.items() if p in self._places}
 
     def close(self) -> None:
         """Leaves the broker, the last commit made if it is there."""
@@ -299,6 +349,14 @@ class KafkaSource:
                 self._consumer.commit_and_wait(offsets)
         self._consumer.close()
         self._consumer = None
+
+
+def _consumer(settings: KafkaSettings) -> TopicConsumer:
+    if settings.client == "confluent":
+        from trainer.confluent_client import ConfluentConsumer  # an extra, which need not be there
+
+        return ConfluentConsumer(settings)
+    return Consumer(settings)
 
 
 def _reached(place: _Place, part: PartitionProgress | None) -> int:
@@ -351,8 +409,10 @@ class FileSource:
         self._values = iter(())
 
 
-def kafka_batches(settings: Settings, identity: TopicDescription, stop: threading.Event) -> tuple[KafkaSource, Batcher]:
+def kafka_batches(
+    settings: Settings, identity: TopicDescription, share: Share, stop: threading.Event
+) -> tuple[KafkaSource, Batcher]:
     """A source of a topic that `KafkaSource.wait` has found, and what batches its records."""
-    source = KafkaSource(settings.kafka, stop)
+    source = KafkaSource(settings.kafka, stop, share)
     source.identity = identity
     return source, Batcher(FeatureSchema.of(settings), settings.batch.size)

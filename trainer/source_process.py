@@ -31,7 +31,7 @@ from trainer.batching import LONGEST_POLL_S, Batch, Batcher, Progress, Rejection
 from trainer.errors import ConfigError, SourceError, TailstreamError
 from trainer.kafka_client import TopicDescription
 from trainer.log import LogFormat, configure_logging
-from trainer.prefetch import BATCHES_AHEAD, JOIN_S, fetched
+from trainer.prefetch import BATCHES_AHEAD, JOIN_S, Patience, a_moment, fetched
 from trainer.schema import FeatureSchema
 from trainer.source import RecordSource, Standing
 
@@ -211,13 +211,13 @@ class SourceProcess:
                 raise RuntimeError(f"the source's process answered {other!r}")
 
     @contextmanager
-    def batches(self, busy: Callable[[], bool] = lambda: False) -> Iterator[Iterator[Batch | None]]:
+    def batches(self, patience_s: Patience = a_moment) -> Iterator[Iterator[Batch | None]]:
         """See `BatchSource`."""
-        yield self._taken(busy)
+        yield self._taken(patience_s)
 
-    def _taken(self, busy: Callable[[], bool]) -> Iterator[Batch | None]:
+    def _taken(self, patience_s: Patience) -> Iterator[Batch | None]:
         while True:
-            if not self._connection.poll(0.0 if busy() else LONGEST_POLL_S):
+            if not self._connection.poll(patience_s()):
                 yield None
                 continue
             match self._receive():

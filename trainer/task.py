@@ -7,6 +7,8 @@ owns the networks and all that depends on what a label is: its statistics, the l
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainer.batching import Batch
@@ -26,10 +28,16 @@ class Network(Protocol):
         """Switches to training."""
 
 
-class Tested(NamedTuple):
-    """B rows that were predicted before they were learned from."""
+class Predicted(NamedTuple):
+    """B rows that were predicted before they were learned from, by one rank."""
 
     result: Any  # what evaluations read: a task's own form of all answers
+    columns: Tensor  # (B, K), a task's own: all that `score` needs of each row
+
+
+class Tested(NamedTuple):
+    """What became of the predictions of B rows, those of all ranks."""
+
     point: Tensor  # (B,) the answer at balance 0, in the label's numbers
     scores: Tensor  # (2,) float64, mean log scores of the current and the averaged weights, cut below
     error: Tensor  # (B,) of the answer at balance 0, whose rise is drift; any unit
@@ -62,22 +70,28 @@ class Task(Protocol):
         A parameter that is replaced begins with what it held, in every dimension, and the rest is 0.
         """
 
-    def test(
-        self, batch: Batch, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor
-    ) -> Tested:
-        """Predicts rows not yet learned from, and takes their errors into the metrics.
+    def predict(self, numeric: Tensor, categorical: Tensor, label: Tensor, averaged_is_better: Tensor) -> Predicted:
+        """Predicts rows not yet learned from; changes nothing.
 
-        Their classes may be new to the network, which has room for them already.
+        Their classes may be new to the network, which has room for them already. There may be no rows.
 
         Args:
-            batch: the rows, on the host.
             numeric: (B, F) on the device.
             categorical: (B, C) on the device.
             label: (B,) on the device.
             averaged_is_better: 0-dim bool, whether the averaged weights answer.
         """
 
-    def observe(self, batch: Batch, numeric: Tensor, label: Tensor, batches: int) -> None:
+    def score(self, columns: Tensor, label: Tensor, host_label: NDArray[np.float64]) -> Tested:
+        """Takes the errors of predicted rows into the metrics.
+
+        Args:
+            columns: (B, K) of `predict`.
+            label: (B,) on the device.
+            host_label: the same on the host.
+        """
+
+    def observe(self, numeric: Tensor, label: Tensor, host_label: NDArray[np.float64], batches: int) -> None:
         """Takes rows into the running statistics; `batches` came before."""
 
     def forget(self, fast: bool) -> None:
@@ -101,6 +115,13 @@ class Task(Protocol):
             memory: (M,), of `targets`: labels of further rows.
             memory_weight: how many rows of the replay buffer each of them stands for.
         """
+
+    @property
+    def compares_labels(self) -> bool:
+        """Whether the loss uses `memory`."""
+
+    def running(self) -> list[Tensor]:
+        """Running means that `loss` keeps: each rank has its own, to be averaged in place."""
 
     def metrics(self) -> dict[str, Any]:
         """All prequential metrics: by window, then by answer; reads them off the device."""

@@ -21,8 +21,10 @@ from trainer.learner import Learner
 from trainer.loop import train
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import ThreadedSource
+from trainer.ranks import ALONE
 from trainer.snapshot import MODEL_FILE, SnapshotStore
 from trainer.source import FileSource
+from trainer.turns import Turns
 
 ROWS = 6 * 32
 BAD = b'{"price": "dear"}'
@@ -94,7 +96,10 @@ class Trainer:
         self.source.polls_left = polls
         with self.store.lock():
             self.checkpoint.restore()
-            train(self.parts, self.checkpoint, self.source.stop)
+            turns = Turns(
+                ALONE, self.schema, lambda: self.letters.full, lambda: self.learner.may_replay, self.source.stop.is_set
+            )
+            train(self.parts, self.checkpoint, turns)
 
     def learn(self, batch: Batch) -> None:
         self.learner.step(batch)

@@ -45,6 +45,7 @@ def bmc_loss(
     *,
     memory: Tensor | None = None,
     memory_log_weights: Tensor | None = None,
+    gather: bool = True,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Balanced MSE (BMC): each row's own label against the labels of the batch and of a memory.
@@ -58,6 +59,7 @@ def bmc_loss(
         noise_sigma: 0-dim or (1,), the standard deviation of the noise in the unit of the labels; its sign is ignored.
         memory: (M,), (M, 1) or (M, D) further candidates, in the unit of the labels, the rows' own not among them.
         memory_log_weights: (M,) log of each candidate's weight beside the batch's log 1 = 0; -inf = masked out.
+        gather: whether labels of other ranks are candidates too, where there are any; False where `memory` has them.
         reduction: `mean` over the finite rows, `sum`, or `none` for (B,).
 
     Returns:
@@ -68,7 +70,7 @@ def bmc_loss(
     """
     pred, target = as_rows(pred, target)
     sigma = usable_sigma(noise_sigma, pred.device)
-    labels, log_weights = candidate_labels(target, memory, memory_log_weights)
+    labels, log_weights = candidate_labels(target, memory, memory_log_weights, gather=gather)
     return loss_against(pred, target, sigma, labels, log_weights, reduction)
 
 

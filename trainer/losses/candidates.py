@@ -13,7 +13,7 @@ _warned = set[str]()
 
 
 def candidate_labels(
-    target: Tensor, memory: Tensor | None, memory_log_weights: Tensor | None
+    target: Tensor, memory: Tensor | None, memory_log_weights: Tensor | None, *, gather: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Collect the candidates; row i of the batch is candidate i, so its own label is among them exactly once.
 
@@ -24,6 +24,7 @@ def candidate_labels(
         target: (B,) or (B, D) labels of the batch.
         memory: (M,), (M, 1) or (M, D) further labels, or None.
         memory_log_weights: (M,) log weights beside the batch's 0; -inf = masked out; None for 0.
+        gather: Whether to ask the other ranks; not where the memory has their labels.
 
     Returns:
         Labels (N,) or (N, D), the batch's first, and log weights (N,), or None if all are 0.
@@ -31,7 +32,7 @@ def candidate_labels(
     Raises:
         ValueError: The memory does not hold labels like the batch's, or its weights are not one a label.
     """
-    others = labels_of_other_ranks(target)
+    others = labels_of_other_ranks(target) if gather else None
     labels = [target] if others is None else [target, others]
     weights = None
     if memory is not None and len(memory):

@@ -37,6 +37,7 @@ def density_bmc_loss(
     memory: Tensor | None = None,
     memory_log_weights: Tensor | None = None,
     memory_weight: float = 1.0,
+    gather: bool = True,
     row_scale: Tensor | None = None,
     location_weight: float = LOCATION_WEIGHT,
     reduction: Reduction = "mean",
@@ -54,6 +55,7 @@ def density_bmc_loss(
         memory_log_weights: (M,) log of each candidate's weight beside the batch's 0; -inf = masked out.
         memory_weight: How often each label of the memory counts, where they are a sample of more: a rare label counts
             once among the batch's, and with few candidates that alone would be all there is to its row's normaliser.
+        gather: Whether labels of other ranks are candidates too, where there are any; False where `memory` has them.
         row_scale: (B,) or 0-dim S, used without its gradient; None for the mixture's own standard deviation, without
             which rows would count by 1 / sigma^2.
         location_weight: Of the squared error of the location.
@@ -66,7 +68,7 @@ def density_bmc_loss(
         ValueError: Shapes that do not belong together, or an unknown reduction.
     """
     target = _labels_like(mixture, target)
-    labels, log_weights = candidate_labels(target, memory, memory_log_weights)
+    labels, log_weights = candidate_labels(target, memory, memory_log_weights, gather=gather)
     return _density_loss(
         mixture,
         target,
