@@ -85,7 +85,7 @@ class Turns:
                 return
             self._had_one, self._others_had = batch is not None, any_batch
             begun = begun or self._had_one
-            yield self._agreed(batch or self._without_rows) if any_batch else None
+            yield self._agreed(self._without_rows if batch is None else batch) if any_batch else None
             if any_stop:
                 return
 

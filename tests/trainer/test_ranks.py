@@ -127,6 +127,19 @@ def test_classes_get_one_number_on_all_ranks(folder: Path) -> None:
             assert [names[int(label)] for label in labels] == [own[int(label)] for label in batch.label]
 
 
+def test_a_batch_of_nothing_but_rejected_records_has_its_turn() -> None:
+    settings = settings_of("mixture")
+    schema = make_schema(settings)
+    batcher = Batcher(schema, SIZE)
+    assert not list(batcher.add(as_records([b"no JSON", b"neither"])))
+    batch = batcher.flush()
+    turns = Turns(ALONE, schema, held=lambda: False, eager=lambda: False, stop=lambda: False)
+    assert len(batch) == 0
+    (taken,) = turns.of(iter([batch]))
+    assert taken is batch
+    assert len(batch.rejected) == 2
+
+
 def held(rows: range, capacity: int) -> dict[str, Tensor]:
     buffer = ReplayBuffer(capacity, 1, 1, CPU)
     for row in rows:
