@@ -11,10 +11,13 @@ from typer.testing import CliRunner
 
 from service.cli import app
 from tests.rig import Trainer, bits, each_once, read_all, rows, send, wait_until_consumed
-from trainer.batching import Record
+from trainer.batching import Batcher, Record
 from trainer.config import load
 from trainer.dead_letter import HEADER_PREFIX, KEY_OMITTED, OMITTED
+from trainer.files import read_values
 from trainer.kafka_client import Producer, create_topic
+from trainer.learner import Learner
+from trainer.schema import FeatureSchema
 
 TASKS = ("regression", "classification")
 BAD: dict[str, tuple[str, str, list[tuple[bytes, str, str | None]]]] = {
@@ -82,6 +85,36 @@ def test_a_killed_trainer_ends_with_the_same_weights_as_an_undisturbed_one(
     assert killed.training.keys() == undisturbed.training.keys()
     for name, tensor in undisturbed.training.items():
         assert torch.equal(bits(killed.training[name]), bits(tensor)), name
+
+
+def test_records_learned_from_a_file_and_through_kafka_end_in_the_same_bits_and_errors(
+    broker: str, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_config(broker, more="batch.max_wait_s = 600")
+    settings, values = load(config), rows(20 * 32)
+    send(settings, values)
+    trainer = Trainer(config)
+    through_kafka = wait_until_consumed(settings, len(values), trainer)
+    assert trainer.stop() == 0
+
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join(values))
+    schema = FeatureSchema.of(settings)
+    learner = Learner(settings, schema, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    records = (Record(0, number, 0.0, None, value) for number, value in enumerate(read_values(file, schema)))
+    for batch in Batcher(schema, settings.batch.size).add(records):
+        learner.step(batch)
+    torch.set_num_threads(threads)
+
+    state = learner.state_dict()
+    assert state.keys() == through_kafka.training.keys()
+    for name, tensor in state.items():
+        assert torch.equal(bits(through_kafka.training[name]), bits(tensor)), name
+    assert through_kafka.manifest.metrics["whole"]["rows"] == len(values) - settings.batch.size
+    for window in ("whole", "fading"):
+        assert through_kafka.manifest.metrics[window] == learner.read().metrics[window]
 
 
 def test_counters_show_every_offset_of_every_partition_exactly_once(

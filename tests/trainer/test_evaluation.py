@@ -133,7 +133,10 @@ def test_the_command_compares_losses_over_seeds_and_draws(files: tuple[Path, Pat
         (loss, seed, balance) for loss in ("bmc", "mse") for seed in (0, 1) for balance in (0.0, 1.0)
     ]
     assert found["rows_per_second"] > 0
-    assert all(run["balanced_mae"] > 0 for run in found["runs"])
+    figures = "mae rmse balanced_mae mae_top_1_percent mae_top_5_percent log_score coverage_second_half"
+    for run_ in found["runs"]:
+        assert set(run_) == {"loss", "seed", "balance", "constant_balanced_mae", *figures.split()}
+        assert all(np.isfinite(run_[name]) for name in figures.split())
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
