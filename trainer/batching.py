@@ -1,8 +1,10 @@
 """Records in, batches out: decoding one by one, bad records set aside, and the offsets that each batch covers."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, NamedTuple, Self
 
 import numpy as np
@@ -10,10 +12,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from trainer.errors import RecordError, SourceError
-from trainer.schema import FeatureSchema, Row
+from trainer.schema import Columns, FeatureSchema, Row
 
 CHECKSUM_MODULUS: Final = 1 << 64
 LARGEST_REJECTED_BYTES: Final = 4 << 20  # set aside by one batch: it ends there, however few rows it has by then
+LOOKED_AT_TOGETHER: Final = 256  # records; where one of them has a fault that is found late, all are looked at again
 REJECTION_BYTES: Final = 1 << 10  # what a rejected record takes besides what it carries: objects, and the reason
 LONGEST_POLL_S: Final = 0.1  # snapshots, metrics and signals are seen to between polls
 
@@ -107,6 +110,14 @@ class Batch:
         return len(self.label)
 
 
+class _Part(NamedTuple):
+    """Some of the rows of a batch, in columns."""
+
+    features: Columns
+    label: NDArray[np.float64]
+    time_s: list[float]
+
+
 class _Tally:
     """Counts of one partition while a batch fills."""
 
@@ -143,9 +154,9 @@ class Batcher:
         self._start()
 
     def _start(self) -> None:
-        self._rows: list[Row] = []
-        self._times: list[float] = []
-        self._tallies: dict[int, _Tally] = {}
+        self._parts: list[_Part] = []
+        self._rows = 0
+        self._tallies: dict[int, _Tally] = defaultdict(_Tally)
         self._rejected: list[Rejection] = []
         self._rejected_bytes = 0
         self._newest = 0.0
@@ -162,39 +173,89 @@ class Batcher:
 
     def add(self, records: Iterable[Record]) -> Iterator[Batch]:
         """Takes records in order, and yields a batch whenever one is full."""
-        decode = self._schema.decode
+        left = iter(records)
+        while some := list(islice(left, min(LOOKED_AT_TOGETHER, self._size - self._rows))):
+            if not self._take_together(some):
+                yield from self._take_one_by_one(some)
+            if self._rows == self._size:
+                yield self.flush()
+
+    def _take_together(self, records: Sequence[Record]) -> bool:
+        """Takes records by few steps each; nothing where a batch may end among them, or one has a fault found late."""
+        good, parsed, rejected = [], [], []
         for record in records:
-            tally = self._tallies.get(record.partition)
-            if tally is None:
-                tally = self._tallies[record.partition] = _Tally()
+            if record.value is None:
+                continue
+            try:
+                parsed.append(self._schema.parse(record.value))
+            except RecordError as error:
+                rejected.append(Rejection(record, error))
+            else:
+                good.append(record)
+        if self._rejected_bytes + sum(rejection.size for rejection in rejected) > LARGEST_REJECTED_BYTES:
+            return False
+        try:
+            features, label, time_s = self._schema.labelled(parsed)
+        except RecordError:
+            return False
+        times = [record.timestamp_s if at is None else at for record, at in zip(good, time_s, strict=True)]
+        self._keep(_Part(features, label, times))
+        for record in records:
+            tally = self._tallies[record.partition]
+            tally.next_offset = record.offset + 1
+            tally.skipped += record.value is None
+        for record in good:
+            self._tallies[record.partition].offsets.append(record.offset)
+        self._newest = max(self._newest, *(record.timestamp_s for record in good)) if good else self._newest
+        for rejection in rejected:
+            self._reject(rejection)
+        return True
+
+    def _take_one_by_one(self, records: Sequence[Record]) -> Iterator[Batch]:
+        rows: list[Row] = []
+        times: list[float] = []
+        for record in records:
+            tally = self._tallies[record.partition]
             tally.next_offset = record.offset + 1
             if record.value is None:
                 tally.skipped += 1
                 continue
             try:
-                row = decode(record.value)
+                row = self._schema.decode(record.value)
             except RecordError as error:
-                tally.rejected += 1
-                self._rejected.append(Rejection(record, error))
-                self._rejected_bytes += self._rejected[-1].size
+                self._reject(Rejection(record, error))
                 if self._rejected_bytes > LARGEST_REJECTED_BYTES:
+                    self._keep(self._part(rows, times))
+                    rows, times = [], []
                     yield self.flush()
                 continue
             tally.offsets.append(record.offset)
-            self._rows.append(row)
-            self._times.append(record.timestamp_s if row.time_s is None else row.time_s)
+            rows.append(row)
+            times.append(record.timestamp_s if row.time_s is None else row.time_s)
             self._newest = max(self._newest, record.timestamp_s)
-            if len(self._rows) == self._size:
-                yield self.flush()
+        self._keep(self._part(rows, times))
+
+    def _part(self, rows: Sequence[Row], times: list[float]) -> _Part:
+        features = Columns(self._schema.numeric(rows), self._schema.categorical(rows))
+        return _Part(features, np.array([row.label for row in rows], dtype=np.float64), times)
+
+    def _keep(self, part: _Part) -> None:
+        self._parts.append(part)
+        self._rows += len(part.time_s)
+
+    def _reject(self, rejection: Rejection) -> None:
+        self._tallies[rejection.record.partition].rejected += 1
+        self._rejected.append(rejection)
+        self._rejected_bytes += rejection.size
 
     def flush(self) -> Batch:
         """Whatever waits, as a batch; it may have no rows where all records were rejected or skipped."""
-        rows = self._rows
+        parts = self._parts or [self._part([], [])]
         batch = Batch(
-            numeric=self._schema.numeric(rows),
-            categorical=self._schema.categorical(rows),
-            label=np.array([row.label for row in rows], dtype=np.float64),
-            time_s=np.array(self._times, dtype=np.float64),
+            numeric=np.concatenate([part.features.numeric for part in parts]),
+            categorical=np.concatenate([part.features.categorical for part in parts]),
+            label=np.concatenate([part.label for part in parts]),
+            time_s=np.array([at for part in parts for at in part.time_s], dtype=np.float64),
             progress={partition: tally.progress() for partition, tally in self._tallies.items()},
             rejected=tuple(self._rejected),
             newest_append_s=self._newest,

@@ -54,6 +54,14 @@ class Columns(NamedTuple):
     categorical: NDArray[np.int64]  # (B, C) buckets, 0 where missing
 
 
+class Labelled(NamedTuple):
+    """B labelled records, in columns."""
+
+    features: Columns
+    label: NDArray[np.float64]  # (B,), a class by its number
+    time_s: list[float | None]  # B event times, None where a record has none
+
+
 class FeatureSchema:
     """Decodes records and arranges their features in columns.
 
@@ -76,10 +84,10 @@ class FeatureSchema:
         self.categorical_columns = tuple(name for name, f in kinds.items() if f.kind == "categorical")
         self.buckets = tuple(kinds[name].buckets or category_buckets for name in self.categorical_columns)
         self.numeric_columns = tuple(column for name, f in kinds.items() for column in _columns(name, f))
-        record = _compile(settings, LEAF_TYPES["number label" if self.classes is None else "class label"])
+        self._record = _compile(settings, LEAF_TYPES["number label" if self.classes is None else "class label"])
         self._instance = _compile(settings, None)
-        self._get, self._get_unlabelled, self.instance_type = record.get, self._instance.get, self._instance.type
-        self._decode_record = msgspec.json.Decoder(record.type).decode
+        self.instance_type = self._instance.type
+        self._decode_record = msgspec.json.Decoder(self._record.type).decode
         self._decode_instance = msgspec.json.Decoder(self.instance_type).decode
         self._plain = all(f.kind in ("numeric", "boolean", "categorical") for f in kinds.values())
         self._wide = [(name, f.kind) for name, f in kinds.items() if f.kind != "categorical"]
@@ -101,14 +109,34 @@ class FeatureSchema:
             RecordError: with reason `not_json`, `wrong_type`, `not_finite` or `no_label`; for classes also
                 `unknown_class` or `too_many_classes`.
         """
-        try:
-            fields = self._get(self._decode_record(value))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise explain(error) from None
-        row = self._row(fields)
+        row = self._row(self._record.get(self.parse(value)))
         if math.isnan(row.label):
             raise RecordError("no_label", f"the label {self.settings.label!r} is missing or null", self.settings.label)
         return row
+
+    def parse(self, value: bytes) -> Any:
+        """The first half of `decode`, for `labelled`, which is the second half of many: an object, not yet looked into.
+
+        Raises:
+            RecordError: with reason `not_json`, `wrong_type` or `not_finite`.
+        """
+        try:
+            return self._decode_record(value)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise explain(error) from None
+
+    def labelled(self, parsed: Sequence[Any]) -> Labelled:
+        """What `decode` makes of records, by few steps a record.
+
+        Args:
+            parsed: what `parse` returned.
+
+        Raises:
+            RecordError: `decode` raises one for at least one of the records; which is for it to say.
+        """
+        features = self._arranged(self._record, parsed)
+        label = self._label_column(self._record.label(parsed))  # last, so that no class is added for a rejected record
+        return Labelled(features, label, [_seconds(time) for time in self._record.time(parsed)])
 
     def decode_instance(self, value: bytes) -> Row:
         """Reads one record to predict for; a label in it is ignored.
@@ -127,7 +155,7 @@ class FeatureSchema:
         Raises:
             RecordError: with reason `not_finite`, or `wrong_type` for a timestamp that is none.
         """
-        return self._row(self._get_unlabelled(instance))
+        return self._row(self._instance.get(instance))
 
     def columns(self, instances: Sequence[Any]) -> Columns:
         """The features of objects of `instance_type`, as `row` has them, by few steps an instance.
@@ -135,22 +163,10 @@ class FeatureSchema:
         Raises:
             RecordError: as `row` does; its `instance` is the place of the one at fault.
         """
-        count = len(instances)
-        numeric = self._instance.numeric(instances)
-        if not self._plain:
-            try:
-                numeric = [self._widen(values) for values in numeric]
-            except RecordError as error:
-                raise self._first_fault(instances) from error
-        values = _array(numeric).reshape(count, len(self.numeric_columns))
-        if np.count_nonzero(np.abs(values) > FLOAT32_MAX):
-            raise self._first_fault(instances)
-        buckets = [
-            self._buckets(feature, column)
-            for feature, column in enumerate(zip(*self._instance.categorical(instances), strict=True))
-        ]
-        categorical = np.array(buckets, dtype=np.int64).reshape(len(self.buckets), count).T
-        return Columns(values.astype(np.float32), categorical)
+        try:
+            return self._arranged(self._instance, instances)
+        except RecordError as error:
+            raise self._first_fault(instances) from error
 
     def numeric(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Numeric features of rows, (B, F), NaN where missing."""
@@ -192,6 +208,20 @@ class FeatureSchema:
             value = value.get(part) if isinstance(value, Mapping) else None
         return None if value is None or isinstance(value, dict | list) else category_text(value)
 
+    def _arranged(self, compiled: "_Compiled", records: Sequence[Any]) -> Columns:
+        numeric = compiled.numeric(records)
+        if not self._plain:
+            numeric = [self._widen(values) for values in numeric]
+        values = _array(numeric).reshape(len(records), len(self.numeric_columns))
+        if np.count_nonzero(np.abs(values) > FLOAT32_MAX):
+            raise RecordError("not_finite", "a feature is too large for a 32-bit float")
+        buckets = [
+            self._buckets(feature, column)
+            for feature, column in enumerate(zip(*compiled.categorical(records), strict=True))
+        ]
+        categorical = np.array(buckets, dtype=np.int64).reshape(len(self.buckets), len(records)).T
+        return Columns(values.astype(np.float32), categorical)
+
     def _row(self, fields: tuple[Any, ...]) -> Row:
         label, time, numeric, categorical = fields
         if not self._plain:
@@ -219,6 +249,15 @@ class FeatureSchema:
         if not -FLOAT32_MAX <= number <= FLOAT32_MAX:
             raise RecordError("not_finite", f"the label {name!r} is {number!r}: too large for a 32-bit float", name)
         return number
+
+    def _label_column(self, values: list[Any]) -> NDArray[np.float64]:
+        if self.classes is None and None not in values:
+            labels = np.array(values, dtype=np.float64)
+            if not np.count_nonzero(np.abs(labels) > FLOAT32_MAX):
+                return labels
+        elif None not in values:
+            return np.array([self._label(value) for value in values], dtype=np.float64)
+        raise RecordError("no_label", "a label is missing or too large")
 
     def _first_fault(self, instances: Sequence[Any]) -> RecordError:
         for place, instance in enumerate(instances):
@@ -301,6 +340,8 @@ class _Compiled(NamedTuple):
 
     type: type[Any]
     get: Callable[[Any], tuple[Any, ...]]  # label, time, numeric, categorical
+    label: Callable[[Sequence[Any]], list[Any]]
+    time: Callable[[Sequence[Any]], list[Any]]
     numeric: Callable[[Sequence[Any]], list[tuple[Any, ...]]]
     categorical: Callable[[Sequence[Any]], list[tuple[Any, ...]]]
 
@@ -339,8 +380,7 @@ def _compile(settings: SchemaSettings, label_type: Any) -> _Compiled:
             try:
                 values = fast(record)
             except AttributeError:  # a parent object is null
-                values = tuple(_walk(record, name) for name in names)
-                return values
+                return tuple(_walk(record, name) for name in names)
             return values if len(names) > 1 else (values,)
 
         return get
@@ -359,16 +399,37 @@ def _compile(settings: SchemaSettings, label_type: Any) -> _Compiled:
 
         return get_many
 
+    def getter_of_leaf(path: str | None) -> Callable[[Sequence[Any]], list[Any]]:
+        if path is None:
+            return lambda records: [None] * len(records)
+        name = attributes[path]
+        fast = attrgetter(name)
+
+        def get_leaf(records: Sequence[Any]) -> list[Any]:
+            try:
+                return list(map(fast, records))
+            except AttributeError:  # a parent object is null
+                return [_walk(record, name) for record in records]
+
+        return get_leaf
+
     of_numbers = [name for name, f in settings.features.items() if f.kind != "categorical"]
     of_categories = [name for name, f in settings.features.items() if f.kind == "categorical"]
     numeric, categorical = getter(of_numbers), getter(of_categories)
-    label = getter([] if label_type is None else [settings.label])
-    time = getter([settings.time] if settings.time else [])
+    label_path = None if label_type is None else settings.label
+    label, time = (getter([path] if path else []) for path in (label_path, settings.time))
 
     def get(record: Any) -> tuple[Any, ...]:
         return (*(label(record) or (None,)), *(time(record) or (None,)), numeric(record), categorical(record))
 
-    return _Compiled(record_type, get, getter_of_many(of_numbers), getter_of_many(of_categories))
+    return _Compiled(
+        record_type,
+        get,
+        label=getter_of_leaf(label_path),
+        time=getter_of_leaf(settings.time),
+        numeric=getter_of_many(of_numbers),
+        categorical=getter_of_many(of_categories),
+    )
 
 
 def _struct(name: str, table: dict[str, Any], path: str, attribute: str, attributes: dict[str, str]) -> type[Any]:

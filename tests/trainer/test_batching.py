@@ -17,11 +17,12 @@ from trainer.batching import (
     advance,
     batches,
 )
-from trainer.errors import OffsetsLost
+from trainer.errors import OffsetsLost, RecordError
 
 SCHEMA = make_schema(make_settings())
 GOOD = values(40)
 BAD = b'{"price": "dear"}'
+NO_LABEL = b'{"size": 1}'  # found only when its columns are looked at
 
 
 def collect(polls: Iterable[Sequence[Record]], size: int) -> list[Batch]:
@@ -47,13 +48,13 @@ def topics(draw: st.DrawFn) -> list[Record]:
     for partition, gap, kind in draw(
         st.lists(
             st.tuples(
-                st.sampled_from([0, 0, 1, 7]), st.integers(1, 3), st.sampled_from(["good", "good", "good", "bad", None])
+                st.sampled_from([0, 0, 1, 7]), st.integers(1, 3), st.sampled_from([*3 * ["good"], "bad", "late", None])
             ),
             max_size=40,
         )
     ):
         next_offset[partition] += gap
-        value = {"good": GOOD[len(records) % len(GOOD)], "bad": BAD, None: None}[kind]
+        value = {"good": GOOD[len(records) % len(GOOD)], "bad": BAD, "late": NO_LABEL, None: None}[kind]
         records.append(Record(partition, next_offset[partition], 5000.0 + len(records), None, value))
     return records
 
@@ -84,6 +85,25 @@ def test_a_batch_ends_early_where_it_sets_too_much_aside_and_that_depends_on_the
     assert_same(collect([records[cut:]], 1000), whole[1:])  # as a resumed run sees them
 
 
+@given(topics())
+@settings(max_examples=60, deadline=None)
+def test_records_looked_at_together_are_what_they_are_one_by_one(records: list[Record]) -> None:
+    """Rows, times and what was rejected, in order; `decode` is the judge of each."""
+    given = [record for record in records if record.value is not None]
+    rows, rejected = [], []
+    for record in given:
+        try:
+            rows.append((SCHEMA.decode(record.value or b""), record.timestamp_s))
+        except RecordError as error:
+            rejected.append((record, error.reason, str(error)))
+    (batch,) = collect([records], 1000) or [Batcher(SCHEMA, 1).flush()]
+    np.testing.assert_array_equal(batch.numeric, SCHEMA.numeric([row for row, _ in rows]))
+    np.testing.assert_array_equal(batch.categorical, SCHEMA.categorical([row for row, _ in rows]))
+    assert batch.label.tolist() == [row.label for row, _ in rows]
+    assert batch.time_s.tolist() == [at for _, at in rows]
+    assert rejected == [(r.record, r.error.reason, str(r.error)) for r in batch.rejected]
+
+
 @given(topics(), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_every_record_is_counted_once_as_what_became_of_it(records: list[Record], size: int) -> None:
@@ -92,15 +112,15 @@ def test_every_record_is_counted_once_as_what_became_of_it(records: list[Record]
     for batch in collect([records], size):
         progress = advance(progress, batch.progress)
         rejected += [rejection.record for rejection in batch.rejected]
-    assert rejected == [record for record in records if record.value == BAD]
+    assert rejected == [record for record in records if record.value in (BAD, NO_LABEL)]
     assert set(progress) == {record.partition for record in records}
     for partition, part in progress.items():
         own = [record for record in records if record.partition == partition]
-        trained = [record.offset for record in own if record.value not in (None, BAD)]
+        trained = [record.offset for record in own if record.value not in (None, BAD, NO_LABEL)]
         assert part == PartitionProgress(
             next_offset=own[-1].offset + 1,
             trained=len(trained),
-            rejected=sum(record.value == BAD for record in own),
+            rejected=sum(record.value in (BAD, NO_LABEL) for record in own),
             skipped=sum(record.value is None for record in own),
             offset_sum=sum(trained) % CHECKSUM_MODULUS,
             offset_square_sum=sum(offset**2 for offset in trained) % CHECKSUM_MODULUS,
