@@ -27,14 +27,16 @@ from typing import Any
 
 import confluent_kafka
 import psutil
+import torch
 
 from service.broker import free_port
 from tests.rig import Kafka, consumed
-from trainer.batching import Batcher, batches
+from trainer.batching import Batcher, Record, batches
 from trainer.config import Settings, load
 from trainer.datasets import DATASETS, FLIGHTS_FEATURES, FLIGHTS_LABEL, records
 from trainer.files import as_json
 from trainer.kafka_client import Consumer, create_topic, describe_topic
+from trainer.learner import Learner
 from trainer.manifest import Manifest
 from trainer.schema import FeatureSchema
 from trainer.snapshot import open_store
@@ -187,18 +189,40 @@ def polled(settings: Settings, decode: bool) -> float:
     raise AssertionError("unreachable")
 
 
+def learned_alone(settings: Settings, made: list[bytes]) -> float:
+    """Records a second of the learner by itself, one thread, on batches that are there."""
+    torch.set_num_threads(1)
+    schema = FeatureSchema.of(settings)
+    batcher = Batcher(schema, settings.batch.size)
+    there = list(batcher.add(Record(0, n, 0.0, None, value) for n, value in enumerate(made)))
+    learner = Learner(settings, schema, torch.device("cpu"))
+    count, began = 0, 0.0
+    for turn, batch in enumerate(itertools.cycle(there)):
+        if turn == len(there):
+            began = time.perf_counter()
+        learner.step(batch)
+        if began:
+            count += len(batch)
+            if time.perf_counter() - began > STAGE_S:
+                break
+    return count / (time.perf_counter() - began)
+
+
 def _polls(consumer: TopicConsumer) -> Iterator[Any]:
     while True:
         yield consumer.poll(2048, 0.1)
 
 
-def stages(bench: Bench, topic: str, records: int) -> list[dict[str, Any]]:
+def stages(bench: Bench, topic: str, made: list[bytes], records: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     def note(client: str, replay: str | None, stage: str, records_per_s: float) -> None:
         found.append({"client": client, "replay": replay, "stage": stage, "records_per_s": round(records_per_s)})
         print(f"{client:10} {stage:22} replay {replay or '-':4} {records_per_s:9,.0f} records/s", flush=True)
 
+    for replay, steps in REPLAY.items():
+        _, settings = bench.config(topic, {"learner.replay_steps": steps, **ROWS})
+        note("-", replay, "learner alone", learned_alone(settings, made))
     for name in CLIENTS:
         _, settings = bench.config(topic, {"kafka.client": name, **ROWS})
         note(name, None, "poll", polled(settings, decode=False))
@@ -336,7 +360,7 @@ def main() -> int:
             bench, made = Bench(kafka, Path(folder)), values(20_000)
             topic = bench.topic(made, options.records, 2)
             if "stages" in options.only:
-                found = result["stages"] = stages(bench, topic, options.records)
+                found = result["stages"] = stages(bench, topic, made, options.records)
                 bare = of(found, "python", None, "poll")
                 result["poll_ratio"] = of(found, "python", "off", "trainer") / bare
             if "ranks" in options.only:
