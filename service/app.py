@@ -20,6 +20,7 @@ from service.batcher import Batcher
 from service.body import Bodies
 from service.density import density_router
 from service.history import kept_manifests
+from service.hosts import HostCheck, Hosts
 from service.live import Live
 from service.metrics import CountRequests, ServiceMetrics
 from service.page import mounts, page_facts, page_router
@@ -94,10 +95,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.live = live
     app.state.stopping = stopping
     keys = _keys(settings.service)
+    hosts = Hosts.of(settings.service)
     decode = question_decoder(schema, settings.service)
     bodies = Bodies(settings.service)
     app.predict = endpoint = PredictEndpoint(
-        watcher, batcher, versions, bodies, decode, keys, settings.service, metrics
+        watcher, batcher, versions, bodies, decode, hosts, keys, settings.service, metrics
     )
     app.router.routes.insert(0, predict_route(settings))
     if settings.task == "regression":
@@ -110,9 +112,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     if keys is not None:
         app.add_middleware(KeyCheck, keys=keys, count=metrics.count_key)
+    if hosts is not None:
+        app.add_middleware(HostCheck, hosts=hosts)
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(SecurityHeaders)
-    _describe(app, keys)
+    _describe(app, keys, hosts)
     return app
 
 
@@ -128,8 +132,8 @@ def _keys(settings: ServiceSettings) -> Keys | None:
     return Keys(load_keys(Path(settings.api_keys_file)), metrics_need_key=settings.metrics_need_key)
 
 
-def _describe(app: FastAPI, keys: Keys | None) -> None:
-    """Adds to the OpenAPI document what the framework cannot know: problems, and the keys."""
+def _describe(app: FastAPI, keys: Keys | None, hosts: Hosts | None) -> None:
+    """Adds to the OpenAPI document what the framework cannot know: problems, keys, and names."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -154,6 +158,11 @@ def _describe(app: FastAPI, keys: Keys | None) -> None:
                         operation["responses"] |= {
                             str(status): what for status, what in problems.described(401).items()
                         }
+            if hosts is not None:
+                refused = {str(status): what for status, what in problems.described(421).items()}
+                for operations in document["paths"].values():
+                    for operation in operations.values():
+                        operation["responses"] |= refused
             app.openapi_schema = document
         return app.openapi_schema
 

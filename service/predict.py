@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from service.auth import Keys
 from service.batcher import Batcher
 from service.body import Bodies
+from service.hosts import Hosts
 from service.metrics import ServiceMetrics
 from service.predictor import Answer, Predictor, Question
 from service.problems import (
@@ -71,6 +72,7 @@ class PredictEndpoint:
         versions: has the models that a request may name instead.
         bodies: reads a body.
         decode: understands it.
+        hosts: what the service may be called; None for anything.
         keys: who may ask; None for everybody.
         settings: how long a request may wait.
         metrics: counts requests and instances.
@@ -89,6 +91,7 @@ class PredictEndpoint:
         versions: Versions,
         bodies: Bodies,
         decode: Callable[[bytes], Question],
+        hosts: Hosts | None,
         keys: Keys | None,
         settings: ServiceSettings,
         metrics: ServiceMetrics,
@@ -98,6 +101,7 @@ class PredictEndpoint:
         self._versions = versions
         self._bodies = bodies
         self._decode = decode
+        self._hosts = hosts
         self._keys = keys
         self.timeout_s = settings.request_timeout_s
         self._metrics = metrics
@@ -165,6 +169,8 @@ class PredictEndpoint:
         self._metrics.observe(PATH, "POST", status, seconds)
 
     def _admit(self, headers: list[tuple[bytes, bytes]]) -> None:
+        if self._hosts is not None:
+            self._hosts.check(headers)
         if self._keys is not None:
             self._metrics.count_key(self._keys.check(headers))
 

@@ -37,6 +37,7 @@ NOT_JSON_TYPE: Final = Kind(
     "unsupported-media-type", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be application/json"
 )
 FOREIGN: Final = Kind("foreign-page", HTTPStatus.FORBIDDEN, "Another site may not ask for this")
+MISDIRECTED: Final = Kind("misdirected", HTTPStatus.MISDIRECTED_REQUEST, "The service is not called that")
 NO_SUCH_VERSION: Final = Kind("no-such-version", HTTPStatus.NOT_FOUND, "The store keeps no such version")
 UNUSABLE_VERSION: Final = Kind("unusable-version", HTTPStatus.CONFLICT, "The version cannot answer")
 INVALID: Final = Kind("invalid-request", HTTPStatus.UNPROCESSABLE_ENTITY, "The request cannot be predicted for")
@@ -100,6 +101,7 @@ def described(*statuses: int) -> dict[int | str, dict[str, Any]]:
         409: "The version is damaged, or of another model than the configuration describes.",
         413: "The body is too large.",
         415: "The body is of another type than JSON.",
+        421: "The request was made to a name that is not the service's.",
         422: "The request does not fit; `errors` names the instance and the field.",
         503: "There is no model, the store cannot be used, too many requests wait, or one waited too long.",
     }

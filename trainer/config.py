@@ -400,6 +400,12 @@ class ServiceSettings(_Table):
     allow_unauthenticated: bool = Field(
         default=False, description="Allow binding other addresses than loopback without API keys."
     )
+    allowed_hosts: Annotated[list[str], NoDecode] = Field(
+        default=[],
+        description="Names that requests may be made to, in their Host header, beside localhost; `*.example.org` for "
+        "all below, `*` for any. Empty: none beside `host`; any where keys are asked for or `allow_unauthenticated` "
+        "is set.",
+    )
     poll_interval_s: float = Field(default=0.2, gt=0, description="How often the store is looked at for a new version.")
     max_model_age_s: float | None = Field(
         default=None, gt=0, description="Not ready when the model is older than this while the trainer lags."
@@ -439,6 +445,19 @@ class ServiceSettings(_Table):
     ssl_ca_certs: str = Field(
         default="", description="Authorities, PEM: only clients with a certificate of theirs are let in."
     )
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _commas(cls, value: Any) -> Any:
+        return _split(value)
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names_without_a_port(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name != "*" and not re.fullmatch(r"(\*\.)?[\w-]+(\.[\w-]+)*|[0-9a-fA-F:.]+", name):
+                raise ValueError(f"{name!r} is no host name (without a port), *.name or *")
+        return value
 
     @model_validator(mode="after")
     def _tls_needs_a_certificate(self) -> Self:

@@ -230,7 +230,7 @@ def test_a_request_that_waits_too_long_is_503(held: tuple[httpx.Client, Held]) -
 def test_a_client_that_left_is_dropped_from_the_queue(held: tuple[httpx.Client, Held]) -> None:
     client, passes = held
     body = json.dumps(many()).encode()
-    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
 
     def queue_length() -> float:
         text = client.get("/metrics").text
@@ -250,7 +250,7 @@ def test_a_client_that_left_is_dropped_from_the_queue(held: tuple[httpx.Client, 
 
 def test_small_requests_behind_a_long_pass_wait_no_longer_either(held: tuple[httpx.Client, Held]) -> None:
     client, passes = held
-    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}"
     address = (client.base_url.host, client.base_url.port)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(client.post, "/predict", json=many())

@@ -37,7 +37,7 @@ def is_problem(said: bytes, status: int, kind: bytes) -> None:
 
 def test_a_head_without_end_is_cut_off(client: httpx.Client) -> None:
     with connected(client) as opened:
-        opened.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n")
+        opened.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n")
         with pytest.raises(OSError, match=r"reset|pipe"):  # noqa: PT012
             for number in range(100):
                 opened.sendall((b"X-%d: " % number).ljust(1_000_000, b"x") + b"\r\n")
@@ -66,7 +66,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(
 
 def test_a_second_head_on_a_connection_is_watched_too(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     with connected(client) as opened:
-        opened.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+        opened.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
         first = b""
         while not first.endswith(b"}"):
             first += opened.recv(65536)
@@ -95,7 +95,7 @@ def test_what_is_not_http_is_a_problem(client: httpx.Client, sent: bytes) -> Non
 def test_a_length_that_lies_is_found_out(client: httpx.Client) -> None:
     """Shorter than the body: what is left is no request. Two lengths: smuggling, which is refused."""
     with connected(client) as opened:
-        opened.sendall(b'POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}{"instances": []}')
+        opened.sendall(b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}{"instances": []}')
         is_problem(answer(opened), 400, b"not-http")
     for lengths in (
         b"Content-Length: 2\r\nContent-Length: 3",
@@ -104,7 +104,7 @@ def test_a_length_that_lies_is_found_out(client: httpx.Client) -> None:
         b"Content-Length: 99999999999999999999999",
     ):
         with connected(client) as opened:
-            opened.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\n" + lengths + b"\r\n\r\n{}")
+            opened.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\n" + lengths + b"\r\n\r\n{}")
             is_problem(answer(opened), 400, b"not-http")
     assert client.post("/predict", json=instance(0)).status_code == 200
 
@@ -113,7 +113,7 @@ def test_a_length_that_lies_is_found_out(client: httpx.Client) -> None:
 
 
 def request(body: bytes, *headers: bytes) -> bytes:
-    lines = [b"POST /predict HTTP/1.1", b"Host: a", b"Content-Type: application/json", *headers]
+    lines = [b"POST /predict HTTP/1.1", b"Host: localhost", b"Content-Type: application/json", *headers]
     return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
 
 
@@ -142,7 +142,7 @@ def test_pieces_pipelines_and_turns_are_answered_alike(client: httpx.Client) -> 
         opened.sendall(b"".join(request(body) for body in bodies))
         assert answers(opened, 6) == expected
     with connected(client) as opened:  # beside other requests
-        opened.sendall(request(bodies[0]) + b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n" + request(bodies[1]))
+        opened.sendall(request(bodies[0]) + b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" + request(bodies[1]))
         assert answers(opened, 3) == [expected[0], (200, {"status": "alive"}), expected[1]]
     for cut in (30, 100, len(request(bodies[5])) - 1):  # in pieces
         with connected(client) as opened:
@@ -154,7 +154,7 @@ def test_pieces_pipelines_and_turns_are_answered_alike(client: httpx.Client) -> 
             assert answers(opened, 2) == [expected[5], expected[0]]
     with connected(client) as opened:  # by chunks, and with a question back
         chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(bodies[1]), bodies[1])
-        opened.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked)
+        opened.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked)
         assert answers(opened, 1) == [expected[1]]
         opened.sendall(request(bodies[2], b"Expect: 100-continue")[: -len(bodies[2])])
         assert opened.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -104,7 +104,7 @@ def test_a_long_value_is_not_quoted_in_full(client: httpx.Client) -> None:
 def test_a_large_body_is_413_by_its_header_alone(client: httpx.Client) -> None:
     """The body is never sent: the answer cannot wait for it."""
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 10000000\r\n\r\n")
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
@@ -134,7 +134,7 @@ def test_a_slow_body_is_cut_off(tmp_path: Path) -> None:
     with running(settings) as client:
         for part in (b"", b'{"instances": ['):
             with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
-                connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n" + part)
+                connection.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n" + part)
                 answer = b"".join(iter(lambda: connection.recv(4096), b""))
                 assert answer.startswith(b"HTTP/1.1 408 ")
                 assert b"urn:tailstream:problem:slow-body" in answer
@@ -175,7 +175,7 @@ def test_what_the_framework_refuses_is_a_problem_too(client: httpx.Client) -> No
 def test_a_client_that_leaves_in_the_middle_harms_nobody(client: httpx.Client) -> None:
     for _ in range(5):
         with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
-            connection.sendall(b'POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"inst')
+            connection.sendall(b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"inst')
 
 
 def test_every_answer_carries_security_headers(client: httpx.Client) -> None:

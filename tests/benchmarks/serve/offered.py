@@ -103,10 +103,9 @@ def main() -> None:
     port, rate, seconds, clients = (float(argument) for argument in sys.argv[1:])
     os.sched_setaffinity(0, LOAD_CORE)
     content = sys.stdin.buffer.read()
-    head = (
-        f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
-    found = uvloop.run(send_all(int(port), head.encode() + content, rate, seconds, int(clients)))
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % len(content)
+    found = uvloop.run(send_all(int(port), head + content, rate, seconds, int(clients)))
     print(json.dumps(found._asdict()))
 
 
