@@ -161,7 +161,7 @@ class Learner:
         self.samples += total
         self.model.train()
         # What a body draws (dropout) is not part of the state.
-        torch.manual_seed(self._seed + self._batches * self._ranks.count + self._ranks.number)
+        self._seed_draws(self._seed + self._batches * self._ranks.count + self._ranks.number)
         rows, held = self._settings.step_rows, [min(self._settings.replay_rows, sum(both)) for both in numbers]
         starts = range(0, max(counts), rows)
         steps = [slots[start : start + rows] for start in starts]
@@ -177,6 +177,13 @@ class Learner:
         self._learn(steps, of_all, sum(held))
         self._batches += 1
         return None if predicted is None else predicted.result
+
+    def _seed_draws(self, seed: int) -> None:
+        """Seeds what a body draws from."""
+        if self._device.type == "cpu":  # `manual_seed` keeps a stack trace for each other kind of device
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     @property
     def may_replay(self) -> bool:

@@ -10,7 +10,7 @@ alike (1):
 on the cells of a LabelGrid, where m keeps the answer off regions that hardly any label has been seen in. The label is
 uniform within a cell: point, interval and score all follow from the cells' probabilities.
 
-Every row is computed by operations of its own, in tiles of a fixed number of rows.
+Every row is computed by operations of its own, by the compiled kernel or in tiles of a fixed number of rows.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trainer.label_density import LabelGrid
+from trainer.losses import kernel
 
 LearnedPrior = Literal["uniform", "stream", "weighted"]
 """What h(y|x) is proportional to: p(y|x) / p(y), p(y|x), or w(y) p(y|x)."""
@@ -29,6 +30,7 @@ Point = Literal["median", "mean"]
 
 _TILE_ROWS = 128  # few enough for a tile of 256 cells to stay in the second-level cache
 _LEAST_EXPONENT = -60.0
+_LARGEST_TOTAL = 2.0**100  # the same above it, for what was held to the largest exponent
 _RELIABLE_TOTAL = 1e-15  # below it what was cut off at the least exponent may matter: the row is done in float64
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -178,24 +180,20 @@ class TiltedGrid:
         # What is largest at the means is nearly always largest of all: without it, exp neither over- nor underflows.
         log_heights = log_heights - (log_heights + self.log_tilt[cells]).amax(1, keepdim=True)
         inverse = math.sqrt(0.5) / scales
-        parameters = torch.stack([log_heights, means, inverse])  # (3, B, K)
-        mass = torch.empty(len(means), len(self.grid), device=means.device)
-        if means.numel() <= _TILE_ROWS:
-            _write_few(parameters, self.centres, self.log_tilt, out=mass)
+        if kernel.takes(means):
+            mass = kernel.mixture_masses(log_heights, means, inverse, self.centres, self.log_tilt)
         else:
-            term = torch.empty_like(mass[:_TILE_ROWS])
-            for start in range(0, len(means), _TILE_ROWS):
-                rows = slice(start, start + _TILE_ROWS)
-                _write_mixture(parameters[:, rows], self.centres, self.log_tilt, term, out=mass[rows])
+            mass = _mixture_masses(log_heights, means, inverse, self.centres, self.log_tilt)
         total = mass.sum(1)
-        lost = ~((total > _RELIABLE_TOTAL) & (total < math.inf))
+        lost = ~((total > _RELIABLE_TOTAL) & (total < _LARGEST_TOTAL))
         if mass.device.type != "cpu":  # which is not waited for, and has the time
             marginal = _log_marginal(self.grid, self.balance)
-            careful = _careful_masses(parameters, self.centres, self.log_tilt, marginal)
+            careful = _careful_masses(log_heights, means, inverse, self.centres, self.log_tilt, marginal)
             return torch.where(lost[:, None], careful, mass)
         if bool(lost.any()):
             marginal = _log_marginal(self.grid, self.balance)
-            mass[lost] = _careful_masses(parameters[:, lost], self.centres, self.log_tilt, marginal)
+            few = log_heights[lost], means[lost], inverse[lost]
+            mass[lost] = _careful_masses(*few, self.centres, self.log_tilt, marginal)
         return mass
 
 
@@ -376,54 +374,36 @@ def _masses(components: Components, grid: LabelGrid, learned_prior: LearnedPrior
     return tilted.masses(components)
 
 
-def _write_mixture(parameters: Tensor, centres: Tensor, log_tilt: Tensor, term: Tensor, out: Tensor) -> None:
-    """Write sum_k exp(log_height + log_tilt - ((centre - mean) * inverse)^2) to `out`, (R, G).
+def _mixture_masses(log_heights: Tensor, means: Tensor, inverses: Tensor, centres: Tensor, log_tilt: Tensor) -> Tensor:
+    """`kernel.mixture_masses` by torch, where there is no kernel.
 
     One component at a time in one buffer: a tile stays in cache, and only exp costs more than a pass over it.
-
-    Args:
-        parameters: (3, R, K) log heights, means, inverses of sqrt(2) scales.
-        centres: (G,) of the cells.
-        log_tilt: (G,) of the cells.
-        term: (R or more, G) memory to work in.
-        out: (R, G).
     """
-    term = term[: len(out)]
-    for k, (log_height, mean, inverse) in enumerate(parameters.permute(2, 0, 1).unsqueeze(3).unbind(0)):
-        torch.sub(centres, mean, out=term)
-        term.mul_(inverse)
-        torch.addcmul(log_tilt, term, term, value=-1, out=term)
-        term.add_(log_height).clamp_min_(_LEAST_EXPONENT)  # exp is several times slower where it nears underflow
-        if k == 0:
-            torch.exp(term, out=out)
-        else:
-            out += term.exp_()
+    mass = torch.empty(len(means), len(centres), device=means.device)
+    term = torch.empty_like(mass[:_TILE_ROWS])
+    for start in range(0, len(means), _TILE_ROWS):
+        out = mass[start : start + _TILE_ROWS]
+        tile = term[: len(out)]
+        columns = torch.stack([log_heights, means, inverses])[:, start : start + _TILE_ROWS].permute(2, 0, 1)
+        for k, (log_height, mean, inverse) in enumerate(columns.unsqueeze(3).unbind(0)):
+            torch.sub(centres, mean, out=tile)
+            tile.mul_(inverse)
+            torch.addcmul(log_tilt, tile, tile, value=-1, out=tile)
+            tile.add_(log_height).clamp_min_(_LEAST_EXPONENT)  # exp is several times slower where it nears underflow
+            if k == 0:
+                torch.exp(tile, out=out)
+            else:
+                out += tile.exp_()
+    return mass
 
 
-def _write_few(parameters: Tensor, centres: Tensor, log_tilt: Tensor, out: Tensor) -> None:
-    """Write what `_write_mixture` does, to the last bit, all components at once: fewer calls, which few rows pay for.
-
-    Args:
-        parameters: (3, R, K), as there.
-        centres: (G,) of the cells.
-        log_tilt: (G,) of the cells.
-        out: (R, G).
-    """
-    log_heights, means, inverses = parameters.unsqueeze(3).unbind(0)
-    terms = torch.sub(centres, means).mul_(inverses)  # (R, K, G)
-    torch.addcmul(log_tilt, terms, terms, value=-1, out=terms)
-    terms.add_(log_heights).clamp_min_(_LEAST_EXPONENT).exp_()
-    first, *others = terms.unbind(1)
-    out.copy_(first)
-    for other in others:
-        out += other
-
-
-def _careful_masses(parameters: Tensor, centres: Tensor, log_tilt: Tensor, log_marginal: Tensor) -> Tensor:
-    """Return what `_write_mixture` writes, by logs in float64, its largest 1; the marginal where not finite."""
-    log_heights, means, inverse = parameters.double().unsqueeze(3)  # (R, K, 1) each
-    offsets = (centres.double() - means) * inverse
-    logs = torch.logsumexp(log_heights - offsets**2, 1) + log_tilt.double()
+def _careful_masses(
+    log_heights: Tensor, means: Tensor, inverses: Tensor, centres: Tensor, log_tilt: Tensor, log_marginal: Tensor
+) -> Tensor:
+    """Return what `_mixture_masses` does, by logs in float64, its largest 1; the marginal where not finite."""
+    heights, middles, inverse = (part.double()[:, :, None] for part in (log_heights, means, inverses))
+    offsets = (centres.double() - middles) * inverse
+    logs = torch.logsumexp(heights - offsets**2, 1) + log_tilt.double()
     usable = logs.amax(1, keepdim=True).isfinite()
     logs = torch.where(usable, logs, log_marginal.double())
     return torch.exp(logs - logs.amax(1, keepdim=True)).float()

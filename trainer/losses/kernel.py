@@ -22,7 +22,7 @@ def load(path: Path) -> ctypes.CDLL | None:
     """The library at a path, or None if it is not there, of another version, or not for this machine."""
     try:
         library = ctypes.CDLL(str(path))
-        mixture_losses = library.mixture_losses
+        mixture_losses, mixture_masses = library.mixture_losses, library.mixture_masses
     except (OSError, AttributeError):
         return None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -31,7 +31,8 @@ def load(path: Path) -> ctypes.CDLL | None:
     library.mixture_parts.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 4
     library.mixture_outputs.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 6
     library.shifted_rows.argtypes = [count] * 2 + [pointer] * 4 + [number] + [pointer] * 3
-    for function in (library.mixture_parts, library.mixture_outputs, library.shifted_rows):
+    mixture_masses.argtypes = [count] * 3 + [pointer] * 6
+    for function in (library.mixture_parts, library.mixture_outputs, library.shifted_rows, mixture_masses):
         function.restype = None
     return library
 
@@ -126,6 +127,23 @@ def mixture_outputs(outputs: Tensor, log_weights: Tensor, low: float, high: floa
     pointers = (t.data_ptr() for t in (log_weights, *by_parts, by_outputs))
     _library.mixture_outputs(*log_weights.shape, outputs.data_ptr(), low, high, *pointers)
     return by_outputs
+
+
+def mixture_masses(log_heights: Tensor, means: Tensor, inverses: Tensor, centres: Tensor, log_tilt: Tensor) -> Tensor:
+    """Sums over components of exp(height + tilt - ((centre - mean) inverse)^2): (B, G); see `trainer.predictive`.
+
+    Args:
+        log_heights: (B, K).
+        means: (B, K).
+        inverses: (B, K) 1 / sqrt(2) scale.
+        centres: (G,) of the cells.
+        log_tilt: (G,) of the cells.
+    """
+    assert _library is not None
+    given = [t.contiguous() for t in (log_heights, means, inverses, centres, log_tilt)]
+    masses = means.new_empty(len(means), len(centres))
+    _library.mixture_masses(*means.shape, len(centres), *(t.data_ptr() for t in (*given, masses)))
+    return masses
 
 
 def shifted_rows(
