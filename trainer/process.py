@@ -3,7 +3,9 @@
 import itertools
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -128,6 +130,16 @@ def _dead_letter_producer(settings: Settings) -> Producer:
     return Producer(settings.kafka, idempotent=False, block_s=FLUSH_S)
 
 
+def _stacks() -> dict[str, str]:
+    """Where each thread is, by its name: what holds a stop up cannot be asked afterwards."""
+    frames = sys._current_frames()  # noqa: SLF001 - public in all but its name
+    return {
+        thread.name: "".join(traceback.format_stack(frames[thread.ident]))
+        for thread in threading.enumerate()
+        if thread.ident in frames and thread is not threading.current_thread()
+    }
+
+
 @contextmanager
 def _stop_on_signals(grace_s: float) -> Iterator[threading.Event]:
     """An event that the first SIGTERM or SIGINT sets; a second ends the process, and so does a stop that takes long."""
@@ -149,7 +161,7 @@ def _stop_on_signals(grace_s: float) -> Iterator[threading.Event]:
         stop.set()
         log.info("stopping", signal=signal.Signals(number).name)
         if not ended.wait(grace_s):
-            log.error("the stop took too long", grace_s=grace_s)
+            log.error("the stop took too long", grace_s=grace_s, threads=_stacks())
             os._exit(OVERDUE)
 
     threading.Thread(target=watch, name="signals", daemon=True).start()

@@ -120,6 +120,8 @@ def test_a_stop_that_takes_longer_than_its_grace_ends_with_its_own_code_and_noth
     settings = load(config)
     trainer = trained(config, settings, disk_that_hangs, 200)
     assert trainer.stop() == OVERDUE == 3
-    assert "the stop took too long" in trainer.log.read_text()
+    log = trainer.log.read_text()
+    assert "the stop took too long" in log
+    assert "MainThread" in log  # and what it waits for
     assert newest(settings) is None
     assert finishes(config, settings, 200)
