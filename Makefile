@@ -11,6 +11,8 @@ KILLS      ?= 100
 RECORDS    ?= 200000
 PARTITIONS ?= 1
 STORE      ?= disk
+RANKS      ?= 1
+CLIENT     ?= python
 SECONDS    ?= 3600
 SEEDS      ?= 3
 JOBS       ?= 1
@@ -80,8 +82,8 @@ bench-classes: install ## Accuracy and recall of every loss of classes on Portal
 bench-cold-start: install ## Errors on the first rows of streams with a hard start (JSON=FILE SEEDS=3)
 	$(bin)/python -m tests.benchmarks.cold_start --seeds $(SEEDS) $(json)
 
-chaos: install ## Kill trainers and compare with one undisturbed (KILLS=100 RECORDS=200000 PARTITIONS=1 STORE=disk|s3 JSON=FILE)
-	$(bin)/python -m tests.faults.chaos --kills $(KILLS) --records $(RECORDS) --partitions $(PARTITIONS) --store $(STORE) $(json)
+chaos: install ## Kill trainers and compare with one undisturbed (KILLS=100 RECORDS=200000 PARTITIONS=1 STORE=disk|s3 RANKS=1 CLIENT=python|confluent JSON=FILE)
+	$(bin)/python -m tests.faults.chaos --kills $(KILLS) --records $(RECORDS) --partitions $(PARTITIONS) --store $(STORE) --ranks $(RANKS) --client $(CLIENT) $(json)
 
 faults: install ## Do to broker, topic, disk and snapshots what can be done to them (JSON=FILE); needs root
 	TAILSTREAM_TEST_AWAY_S=60 $(bin)/python -m tests.faults $(json)

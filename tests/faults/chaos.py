@@ -19,7 +19,7 @@ import psutil
 
 from tests.faults.case import Ground
 from tests.faults.place import ground_or_leave
-from tests.rig import Trainer, consumed, each_once, newest, rows, send, wait_until
+from tests.rig import STARTED, Job, Trainer, consumed, each_once, newest, rows, send, wait_until
 from trainer.audit import verify
 from trainer.config import Settings, load
 from trainer.snapshot import Snapshot, SnapshotStore, open_store
@@ -50,20 +50,31 @@ class Outcome(NamedTuple):
 
 
 def run(
-    ground: Ground, server: str, kills: int, records: int, partitions: int, rss_records: int = 0, *, in_s3: bool = False
+    ground: Ground,
+    server: str,
+    kills: int,
+    records: int,
+    partitions: int,
+    rss_records: int = 0,
+    *,
+    in_s3: bool = False,
+    client: str = "python",
+    ranks: int = 1,
 ) -> Outcome:
     """Trains on one topic twice, once killed and once undisturbed, and compares.
 
-    With several partitions the order of records between them differs from run to run, so the weights do too: then the
-    reference is the killed run itself, and the counters speak.
+    With several partitions or ranks the order of records between them differs from run to run, so the weights do too:
+    then the reference is the killed run itself, and the counters speak.
     """
     store = ground.in_s3() if in_s3 else {}
-    config = ground.config(server, batch__max_wait_s="600.0" if partitions == 1 else "0.05", **UNHURRIED, **store)
+    wait_s = "600.0" if partitions == 1 else "0.05"
+    config = ground.config(server, batch__max_wait_s=wait_s, kafka__client=f'"{client}"', **UNHURRIED, **store)
     settings = load(config)
     records -= records % settings.batch.size  # full batches only
     for begin in range(0, records, CHUNK):
         send(settings, rows(min(CHUNK, records - begin), seed=begin), partitions)
-    torn, done = _killed(config, settings, kills, records)
+    killed = _killed(config, settings, kills, records) if ranks == 1 else _ranks_killed(config, kills, records, ranks)
+    torn, done = killed
     snapshot = newest(settings)
     assert snapshot is not None
     torn += sum(bool(verdict.faults) for verdict in verify(open_store(settings.store)))
@@ -71,7 +82,7 @@ def run(
     trained = sum(part.trained for part in parts.values())
     wrong = sum(not each_once(part) for part in parts.values())  # at least so many, where the numbers cancel out
     weights = digest(snapshot)
-    reference = weights if partitions > 1 else _undisturbed(ground, server, settings, records)
+    reference = weights if partitions > 1 or ranks > 1 else _undisturbed(ground, server, settings, records)
     return Outcome(
         kills=done,
         missing=max(records - trained, 0) or wrong,
@@ -101,6 +112,31 @@ def _killed(config: Path, settings: Settings, kills: int, records: int) -> tuple
     trainer = Trainer(config)
     wait_until(lambda: progress(settings) >= records, f"all {records} records", timeout_s=600)
     assert trainer.stop() == 0
+    return torn, len(marks)
+
+
+def _ranks_killed(config: Path, kills: int, records: int, ranks: int) -> tuple[int, int]:
+    """The same to one rank at a time of a job that torchrun starts again."""
+    settings = load(config)
+    random_ = random.Random(kills)
+    marks = sorted(random_.uniform(0, 0.97) * records for _ in range(kills))
+    torn = 0
+    job = Job(config, ranks, restarts=kills)
+    try:
+        for mark in marks:
+            rank = random_.randrange(ranks)
+            started = job.log.read_text().count(STARTED)
+            if random_.random() < 0.8:
+                wait_until(lambda mark=mark: progress(settings) >= mark, f"{mark} records", 600)  # type: ignore[misc]
+            time.sleep(random_.uniform(0, 0.15))
+            wait_until(lambda rank=rank: job.pid(rank) is not None, f"rank {rank} is there", 600)  # type: ignore[misc]
+            job.kill_rank(rank)
+            wait_until(lambda: job.log.read_text().count(STARTED) > started, "it is started again", 600)  # noqa: B023
+            torn += len(open_store(settings.store).newest(training=True)[1])
+        wait_until(lambda: progress(settings) >= records, f"all {records} records", timeout_s=600)
+        assert len(job.stop()) == ranks, job.log.read_text()[-2000:]
+    finally:
+        job.kill()
     return torn, len(marks)
 
 
@@ -155,12 +191,17 @@ def _rss_ratio(ground: Ground, server: str, records: int) -> float:
     trainer = Trainer(config)
     process = psutil.Process(trainer.pid)
     measured: list[int] = []
+
+    def has(count: int) -> bool:
+        assert trainer.poll() is None, f"the trainer ended by itself: {trainer.log.read_text()[-2000:]}"
+        return progress(settings) >= count
+
     for mark in (RSS_RECORDS, records):
         for total in _until(sent, mark):
             send(settings, values)
             # Ahead of the trainer, so that it is never idle, and not so far that the disk fills.
-            wait_until(lambda total=total: progress(settings) >= total - 10 * CHUNK, "it keeps up", 600)  # type: ignore[misc]
-        wait_until(lambda mark=mark: progress(settings) >= mark, f"{mark} records", 600)  # type: ignore[misc]
+            wait_until(lambda total=total: has(total - 10 * CHUNK), "it keeps up", 600)  # type: ignore[misc]
+        wait_until(lambda mark=mark: has(mark), f"{mark} records", 600)  # type: ignore[misc]
         measured.append(sum(each.memory_info().rss for each in (process, *process.children())))
     trainer.kill()
     return measured[1] / measured[0]
@@ -182,6 +223,8 @@ def main() -> int:
     parser.add_argument(
         "--store", choices=["disk", "s3"], default="disk", help="where the killed trainers' snapshots lie"
     )
+    parser.add_argument("--client", choices=["python", "confluent"], default="python", help="kafka.client")
+    parser.add_argument("--ranks", type=int, default=1, help="of a job by torchrun, of which one at a time is killed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if 0 < options.rss_records <= RSS_RECORDS:
@@ -193,7 +236,8 @@ def main() -> int:
         try:
             server = ground.kafka.server
             counts = options.kills, options.records, options.partitions, options.rss_records
-            outcome = run(ground, server, *counts, in_s3=options.store == "s3")
+            where = {"in_s3": options.store == "s3", "client": options.client}
+            outcome = run(ground, server, *counts, ranks=options.ranks, **where)
         finally:
             ground.close()
     text = json.dumps(outcome._asdict(), indent=1)
