@@ -299,7 +299,7 @@ def growth(bench: Bench, made: list[bytes], records: int) -> dict[str, float]:
 def freshness(bench: Bench, made: list[bytes], records_per_s: float, seconds: float) -> dict[str, float]:
     """From the moment a record is sent until a service answers with a model that has learned it."""
     topic = bench.topic(made, 5000, 1)
-    config, settings = bench.config(topic, {})
+    config, settings = bench.config(topic, ROWS)
     service = subprocess.Popen(
         [sys.executable, "-m", "service", "serve", "--config", str(config)],
         stdout=subprocess.DEVNULL,
@@ -370,7 +370,8 @@ def main() -> int:
             if "growth" in options.only:
                 result |= growth(bench, made, options.growth_records)
             if "freshness" in options.only:
-                most = of(result["stages"], "python", "on", "trainer") if "stages" in result else 8000.0
+                config, settings = bench.config(topic, ROWS)
+                most = rate(settings, config, options.records)
                 result |= freshness(bench, made, most / 2, options.seconds)
         finally:
             kafka.kill()
