@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import CASES, Case, Ground, chaos, fuzz
+from tests.faults.case import S3_SCRIPT
 from tests.faults.place import SCRIPT
 
 
@@ -34,6 +35,16 @@ def test_killed_trainers_end_with_the_weights_of_an_undisturbed_one(ground: Grou
     outcome = chaos.run(ground, ground.kafka.server, kills=4, records=4800, partitions=partitions)
     assert outcome.fine, outcome
     assert outcome.kills == 4
+
+
+@pytest.mark.kafka
+@pytest.mark.s3
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(S3_SCRIPT not in os.environ, reason=f"nothing starts an S3 server: set {S3_SCRIPT}")
+def test_the_same_with_snapshots_in_s3(ground: Ground) -> None:
+    outcome = chaos.run(ground, ground.kafka.server, kills=3, records=3200, partitions=1, in_s3=True)
+    assert outcome.fine, outcome
+    assert outcome.kills == 3
 
 
 @pytest.mark.kafka  # the embedded broker is wrong about where the dead letters end
