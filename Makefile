@@ -32,7 +32,7 @@ help: ## Show this list
 
 install: $(VENV)/.installed ## Make the virtual environment
 
-$(VENV)/.installed: pyproject.toml hatch_build.py trainer/losses/kernel.c
+$(VENV)/.installed: pyproject.toml hatch_build.py $(wildcard trainer/*.[ch] trainer/losses/*.c)
 	test -x $(bin)/python || $(PYTHON) -m venv $(VENV)
 	$(bin)/pip install -q $(TORCH)
 	$(bin)/pip install -q -e '.[dev]'

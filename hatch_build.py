@@ -1,8 +1,8 @@
-"""Compiles the losses' kernel with the C compiler of the machine, for wheels and for editable installs alike.
+"""Compiles what is in C with the C compiler of the machine, for wheels and for editable installs alike.
 
-One library for each instruction set; `trainer.losses.kernel` takes the one that the machine it runs on can use. Without
-a compiler, or where it fails, the package is pure Python and the losses do the same with torch, several times slower;
-`TAILSTREAM_KERNEL=require` makes that an error. `CC` names another compiler.
+A library of each source for each instruction set; the module of the same name takes the one that the machine it runs on
+can use. Without a compiler, or where it fails, the package is pure Python, and torch and msgspec do the same several
+times slower; `TAILSTREAM_KERNEL=require` makes that an error. `CC` names another compiler.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("trainer/losses/kernel.c")
+SOURCES = [Path("trainer/losses/kernel.c"), Path("trainer/tilting.c"), Path("trainer/decoding.c")]
 # No option that lets a compiler reorder or assume what the source does not say: -ffast-math, -march=native.
 FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 # By torch's names for what a CPU can do.
@@ -26,27 +26,31 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class KernelBuildHook(BuildHookInterface[Any]):
-    """Puts `kernel.PLATFORM.INSTRUCTIONS.so` beside the source, and into the wheel."""
+    """Puts `NAME.PLATFORM.INSTRUCTIONS.so` beside each `NAME.c`, and into the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; a failure leaves no library, rather than an old one."""
         target = sysconfig.get_platform()
-        source = Path(self.root) / SOURCE
         compiler = shlex.split(os.environ.get("CC", "cc"))
-        for old in source.parent.glob(f"kernel.{target}.*.so"):
-            old.unlink()  # programs that run with it keep it
+        for source in SOURCES:
+            for old in (Path(self.root) / source.parent).glob(f"{source.stem}.{target}.*.so"):
+                old.unlink()  # programs that run with it keep it
         try:
-            with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-                for name, options in INSTRUCTIONS.items():
-                    library = Path(folder) / f"kernel.{target}.{name}.so"
-                    subprocess.run([*compiler, *FLAGS, *options, str(source), "-o", str(library), "-lm"], check=True)
-                for library in sorted(Path(folder).iterdir()):
-                    library.rename(source.with_name(library.name))
+            for source in SOURCES:
+                self._compile(Path(self.root) / source, target, compiler)
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("TAILSTREAM_KERNEL") == "require":
                 raise
-            self.app.display_warning(f"{SOURCE} was not compiled ({error}): the losses will do without, slower")
+            self.app.display_warning(f"{source} was not compiled ({error}): Tailstream will do without, slower")
             return
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{target.replace('-', '_').replace('.', '_')}"
-        build_data["artifacts"].append(f"{SOURCE.parent}/kernel.{target}.*.so")
+        build_data["artifacts"] += [f"{source.with_suffix('')}.{target}.*.so" for source in SOURCES]
+
+    def _compile(self, source: Path, target: str, compiler: list[str]) -> None:
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            for name, options in INSTRUCTIONS.items():
+                library = Path(folder) / f"{source.stem}.{target}.{name}.so"
+                subprocess.run([*compiler, *FLAGS, *options, str(source), "-o", str(library), "-lm"], check=True)
+            for library in sorted(Path(folder).iterdir()):
+                library.rename(source.with_name(library.name))

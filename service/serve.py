@@ -84,8 +84,12 @@ def answer_at(listener: socket.socket, settings: Settings) -> None:
         ConfigError: the application cannot be made.
         TailstreamError: the server could not be started.
     """
-    from service.app import create_app  # and torch, which a process that only watches workers does without
+    # And torch, which a process that only watches workers does without.
+    from service.app import create_app
+    from trainer import decoding, tilting
 
+    if not (decoding.is_loaded() and tilting.is_loaded()):
+        log.warning("nothing is compiled: answers take several times as long; install with a C compiler at hand")
     server = Server(server_config(create_app(settings), settings.service), settings.service.drain_s)
     # What has been imported and made stays: a collection that looks through all of it would hold up every request.
     gc.collect()

@@ -21,6 +21,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from trainer import tilting
 from trainer.label_density import LabelGrid
 from trainer.losses import kernel
 
@@ -161,10 +162,30 @@ class TiltedGrid:
     @torch.no_grad()
     def predict(self, components: Components, point: Point = "median", ends: Tensor | None = None) -> Predictive:
         """Answer as the function of that name does; `ends` (2,) are the levels of an interval, never decreasing."""
-        mass = self.masses(components)
-        answer = _answer(mass, mass.cumsum(1), self.grid, ends, point)
+        if tilting.takes(components.means, self.log_tilt):
+            offsets = self._offsets if point == "mean" else None
+            log_weights, means, scales = components.log_weights, components.means, components.scales
+            found = tilting.answers(
+                log_weights.contiguous(), means.contiguous(), scales.contiguous(), self._columns, offsets, ends
+            )
+            answer = Predictive(*found.unbind(0))
+        else:
+            mass = self.masses(components)
+            answer = _answer(mass, mass.cumsum(1), self.grid, ends, point)
         stream = self.learned_prior == "stream" and self.balance == 0
         return _around_location(answer, components, self.grid) if stream else answer
+
+    @cached_property
+    def _columns(self) -> tuple[Tensor, ...]:
+        """What `tilting.answers` wants of a grid."""
+        marginal = _log_marginal(self.grid, self.balance).float()
+        columns = (self.edges, self.centres, self.half_widths, self.log_tilt, marginal, self.grid.edges.double())
+        return tuple(column.contiguous() for column in columns)
+
+    @cached_property
+    def _offsets(self) -> Tensor:
+        """(G,) float32, of the centres from the first edge: they keep the precision of labels close together."""
+        return (self.grid.centres - self.grid.edges[0]).float()
 
     @torch.no_grad()
     def masses(self, components: Components) -> Tensor:

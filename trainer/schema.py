@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trainer.classes import ClassNames
 from trainer.config import FeatureSettings, SchemaSettings, Settings, TaskName
+from trainer.decoding import RecordsDecoder
 from trainer.errors import ConfigError, RecordError
 
 FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
@@ -92,6 +93,10 @@ class FeatureSchema:
         self._plain = all(f.kind in ("numeric", "boolean", "categorical") for f in kinds.values())
         self._wide = [(name, f.kind) for name, f in kinds.items() if f.kind != "categorical"]
         self._caches: tuple[dict[str | float, int], ...] = tuple({} for _ in self.buckets)
+        self._json_caches: tuple[dict[bytes, int], ...] = tuple({} for _ in self.buckets)
+        self._decode_scalar = msgspec.json.Decoder(Scalar).decode
+        of_features = {name: f.kind for name, f in kinds.items()}
+        self._plain_records = RecordsDecoder(of_features) if RecordsDecoder.takes(of_features) else None
         label_kind = "numeric" if self.classes is None else "categorical"
         roles = {settings.label: label_kind, settings.time: "timestamp", settings.id: "categorical"}
         self._kinds = {**{name: kind for name, kind in roles.items() if name}, **{n: f.kind for n, f in kinds.items()}}
@@ -167,6 +172,32 @@ class FeatureSchema:
             return self._arranged(self._instance, instances)
         except RecordError as error:
             raise self._first_fault(instances) from error
+
+    def columns_within(self, body: bytes, start: int, most_rows: int) -> tuple[Columns, int] | None:
+        """The features of an array of records that begins at a place of a JSON body, as `columns` has them.
+
+        It takes a fraction of the time, and knows plain records alone: of numbers, booleans and categories, and with no
+        field but such scalars.
+
+        Args:
+            body: JSON.
+            start: where in it the array begins.
+            most_rows: longer arrays are not taken.
+
+        Returns:
+            The columns, and where in the body the array ends; None where it is for others to decode, or to refuse.
+        """
+        found = self._plain_records and self._plain_records.decode(body, start, most_rows)
+        if not found:
+            return None
+        categorical = np.zeros((len(found.numeric), len(self.buckets)), dtype=np.int64)
+        try:
+            for feature in range(len(self.buckets)):
+                places = found.texts[:, feature].tolist()
+                categorical[:, feature] = self._buckets_of_json(feature, [body[begin:end] for begin, end in places])
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return None
+        return Columns(found.numeric, categorical), found.end
 
     def numeric(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Numeric features of rows, (B, F), NaN where missing."""
@@ -272,6 +303,19 @@ class FeatureSchema:
         seen = self._caches[feature].get
         # Most are texts seen before; no bucket of these is 0.
         return [(type(value) is str and seen(value)) or self._bucket(feature, value) for value in values]
+
+    def _buckets_of_json(self, feature: int, texts: Sequence[bytes]) -> list[int]:
+        """Buckets of categories as they stand in JSON, nothing for a missing one."""
+        cache = self._json_caches[feature]
+        buckets = []
+        for text in texts:
+            bucket = cache.get(text)
+            if bucket is None:
+                if len(cache) >= CATEGORY_CACHE:
+                    cache.clear()
+                bucket = cache[text] = self._bucket(feature, self._decode_scalar(text)) if text else 0
+            buckets.append(bucket)
+        return buckets
 
     def _bucket(self, feature: int, value: Scalar) -> int:
         if value is None:

@@ -5,16 +5,16 @@ one that torch itself uses is taken. So a run that is resumed on the same machin
 """
 
 import ctypes
-import sysconfig
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trainer.compiled import instructions_of_torch, library_of
+
 MOST_COMPONENTS = 64  # of `kernel.c`
 
-_INSTRUCTIONS = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "default")
-LIBRARY = Path(__file__).with_name(f"kernel.{sysconfig.get_platform()}.{_INSTRUCTIONS}.so")
+SOURCE = Path(__file__).with_suffix(".c")
 _PLAIN = (Tensor, torch.nn.Parameter)  # tensors with memory of their own
 
 
@@ -37,7 +37,7 @@ def load(path: Path) -> ctypes.CDLL | None:
     return library
 
 
-_library = load(LIBRARY)
+_library = load(library_of(SOURCE, instructions_of_torch()))
 
 
 def is_loaded() -> bool:

@@ -1,0 +1,189 @@
+"""The compiled decoder takes what is plain, to the same last bit as msgspec, and leaves the rest alone."""
+
+import json
+import math
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from trainer import decoding
+from trainer.config import SchemaSettings
+from trainer.errors import RecordError
+from trainer.schema import FLOAT32_MAX, Columns, FeatureSchema, explain
+
+FEATURES = {"x": "numeric", "on": "boolean", "carrier": "categorical", "größe": "numeric", "origin": "categorical"}
+pytestmark = pytest.mark.skipif(not decoding.is_loaded(), reason="it is not compiled here")
+MOST = 1000
+
+
+def make_schema(features: dict[str, Any] = FEATURES) -> FeatureSchema:
+    return FeatureSchema(SchemaSettings(label="y", features=features), 64)
+
+
+def by_msgspec(schema: FeatureSchema, body: bytes) -> Columns:
+    """What the other decoder makes of a body that is an array of records."""
+    try:
+        return schema.columns(msgspec.json.Decoder(list[schema.instance_type]).decode(body))  # type: ignore[name-defined]
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise explain(error) from None
+
+
+def same(one: Columns, other: Columns) -> bool:
+    return all(a.shape == b.shape and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+
+
+def between(bits: int) -> float:
+    """Half-way between two neighbouring 32-bit floats, where an error in the 64th bit becomes one in the 32nd."""
+    number = struct.unpack("f", struct.pack("I", bits))[0]
+    following = float(np.nextafter(np.float32(number), np.float32(np.inf)))
+    return (number + following) / 2 if math.isfinite(number) and math.isfinite(following) else 0.0
+
+
+FLOATS = st.floats(-FLOAT32_MAX, FLOAT32_MAX) | st.integers(0, 2**32 - 1).map(between) | st.floats(-10, 10)
+DECIMALS = st.builds("{}.{}".format, st.integers(-(10**9), 10**9), st.from_regex(r"[0-9]{1,18}", fullmatch=True))
+POWERS = st.builds("{}{}{}".format, st.integers(-(10**17), 10**17), st.sampled_from("eE"), st.integers(-30, 25))
+NUMBERS = FLOATS.map(repr) | st.integers(-(2**70), 2**70).map(str) | DECIMALS | POWERS
+SPACE = st.sampled_from(["", " ", "\n\t\r "])
+TEXTS = st.text(max_size=5).map(json.dumps) | st.text(max_size=5).map(lambda text: json.dumps(text, ensure_ascii=False))
+SCALARS = st.sampled_from(["null", "true", "false", '"UA"', "[]", "{}", "-", "01", "1.", ".5", "+1", "NaN", "1e400"])
+VALUES = {
+    '"x"': NUMBERS | st.just("null"),
+    '"größe"': NUMBERS,
+    '"on"': st.sampled_from(["true", "false", "null"]),
+    '"carrier"': TEXTS | NUMBERS | st.sampled_from(["null", "true", '"UA"']),
+    '"origin"': TEXTS,
+    '"beside"': TEXTS | NUMBERS,
+}
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    """Arrays of records, nearly all of them right, with space anywhere."""
+    space = draw(SPACE)
+    records = []
+    for _ in range(draw(st.integers(1, 4))):
+        names = draw(st.permutations(list(VALUES)))[: draw(st.integers(0, len(VALUES)))]
+        if names and draw(st.integers(0, 9)) == 0:
+            names.append(names[0])  # the last one counts
+        values = [draw(SCALARS if draw(st.integers(0, 29)) == 0 else VALUES[name]) for name in names]
+        fields = f"{space},{space}".join(f"{n}{space}:{space}{v}" for n, v in zip(names, values, strict=True))
+        records.append(f"{{{space}{fields}{space}}}")
+    text = f"[{space}" + f"{space},{space}".join(records) + f"{space}]"
+    return text.encode("utf-8", "surrogatepass")
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(bodies())
+@example(b'[{"x": 9007199254740993}, {"x": 1.00000005960464477539062500001}, {"x": 7.0064923216240853e-46}]')
+@example(b'[{"x": -0}, {"x": -0.0}, {"x": 0e5}, {"x": 3.4028235677973366e38}]')
+def test_what_it_takes_is_what_msgspec_makes_of_it(body: bytes) -> None:
+    schema = make_schema()
+    found = schema.columns_within(b"before" + body + b" after", 6, MOST)
+    try:
+        expected = by_msgspec(schema, body)
+    except RecordError:
+        assert found is None
+        return
+    if found is not None:
+        assert same(found[0], expected)
+        assert found[1] == 6 + len(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'[{"x":1.5,"on":true,"carrier":"UA","origin":null},{}]',
+        '[ {"größe": -1.25e-7, "carrier": 12, "more": "yes", "origin": "M\\u00fcnchen \\" \\\\"} ]'.encode(),
+        b'[{"x":0.1234567890123456789,"x":1234567890.1234567,"carrier":"\xc3\xbc"}]',
+    ],
+)
+def test_what_is_plain_is_taken(body: bytes) -> None:
+    schema = make_schema()
+    found = schema.columns_within(body, 0, MOST)
+    assert found is not None
+    assert same(found[0], by_msgspec(schema, body))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        *(
+            b"",
+            b"1",
+            b"null",
+            b"[]",
+            b"{",
+            b'{"x"}',
+            b'{"x":}',
+            b'{"x":1,}',
+            b'{,"x":1}',
+            b'{"x":1 "on":true}',
+            b"{x:1}",
+        ),
+        *(
+            b'{"x":"1"}',
+            b'{"x":true}',
+            b'{"x":1e39}',
+            b'{"x":00}',
+            b'{"x":-01}',
+            b'{"x":1e}',
+            b'{"x":- 1}',
+            b'{"x":0x1}',
+        ),
+        *(
+            b'{"on":1}',
+            b'{"on":"true"}',
+            b'{"on":truefalse}',
+            b'{"carrier":[]}',
+            b'{"carrier":{}}',
+            b'{"carrier":"\n"}',
+        ),
+        *(
+            b'{"carrier":"\\x"}',
+            b'{"carrier":"\xff"}',
+            b'{"carrier":"',
+            b'{"carrier":"\\',
+            b'{"carrier":"\\"',
+            b'{"x":1',
+        ),
+        *(b'{"more":"\xff"}', b'{"more":{"nested":1}}', b'{"\\u0078":1}', b'{"x":1.7976931348623157e309}'),
+    ],
+    ids=repr,
+)
+def test_what_is_not_plain_is_left(record: bytes) -> None:
+    for body in (b"[%b]" % record, b'[{"x":1},%b]' % record, b"[%b" % record):
+        assert make_schema().columns_within(body, 0, MOST) is None
+
+
+def test_no_body_is_read_beyond_its_end() -> None:
+    """Each body that is cut short is none, whatever follows it in memory."""
+    whole = b'[{"x":12.5e-3,"on":false,"carrier":"U\\u0041","more":null},{"on":true}]'
+    schema = make_schema()
+    assert schema.columns_within(whole, 0, MOST) is not None
+    for length in range(len(whole)):
+        assert schema.columns_within(whole[:length], 0, MOST) is None
+
+
+def test_longer_arrays_are_not_taken() -> None:
+    schema = make_schema()
+    assert schema.columns_within(b"[{},{},{}]", 0, 3) is not None
+    assert schema.columns_within(b"[{},{},{}]", 0, 2) is None
+    assert schema.columns_within(b"[]", 0, 3) is None
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"a.b": "numeric"},
+        {"t": "timestamp"},
+        {"v": {"kind": "vector", "size": 2}},
+    ],
+)
+def test_records_that_it_does_not_know_are_left(features: dict[str, Any]) -> None:
+    assert make_schema(features).columns_within(b"[{}]", 0, MOST) is None

@@ -1,0 +1,168 @@
+/* Answers under a label prior on a CPU: what `predictive` computes with torch in some forty calls. `tilting.py` loads it.
+ *
+ * Rows are computed one after the other by the same instructions, so an answer depends on nothing but its row. All
+ * arrays are contiguous, and float32 where nothing else is said. Nothing here allocates or keeps state.
+ */
+
+#include <math.h>
+#include <stdint.h>
+
+#include "power_of_two.h"
+
+#define LOG2_E 1.44269504088896341f
+#define SQRT_HALF 0.707106781186547524f
+#define MOST_COMPONENTS 64
+#define LEAST_POWER (-60.0f * LOG2_E) /* of 2: what is further below the top of a row's density counts as that */
+#define MOST_POWER 120.0f
+#define RELIABLE_TOTAL 1e-15 /* below it what was cut off at the least power may matter: the row is done in float64 */
+#define BLOCK 16             /* cells that are summed in float32 before they join a sum in float64 */
+
+typedef struct {
+  float log_height, mean, inverse; /* of sqrt(2) scales */
+} Component;
+
+/* The cell that a value lies in: how many of the edges within are below it. */
+static int64_t cell_of(const float *edges, int64_t cells, float value) {
+  int64_t low = 1, high = cells;
+  while (low < high) {
+    int64_t middle = (low + high) / 2;
+    if (edges[middle] < value)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low - 1;
+}
+
+/* Masses of the cells, sum_k 2^(log2(e) (log_height + log_tilt - ((centre - mean) inverse)^2)). */
+static void write_masses(const Component *components, int64_t count, int64_t cells, const float *centres,
+                         const float *log_tilt, float *restrict mass) {
+  for (int64_t k = 0; k < count; k++) {
+    float log_height = components[k].log_height, mean = components[k].mean, inverse = components[k].inverse;
+#pragma omp simd
+    for (int64_t j = 0; j < cells; j++) {
+      float distance = (centres[j] - mean) * inverse;
+      float power = (log_tilt[j] - distance * distance + log_height) * LOG2_E;
+      power = power < LEAST_POWER ? LEAST_POWER : power;
+      power = power > MOST_POWER ? MOST_POWER : power;
+      float before = k ? mass[j] : 0.0f;
+      mass[j] = before + power_of_two(power);
+    }
+  }
+}
+
+/* The same by logs in float64, the largest 1; the marginal where that is not finite. */
+static void write_careful_masses(const Component *components, int64_t count, int64_t cells, const float *centres,
+                                 const float *log_tilt, const float *log_marginal, double *logs, float *mass) {
+  double top = -INFINITY;
+  for (int64_t j = 0; j < cells; j++) {
+    double largest = -INFINITY, sum = 0;
+    for (int64_t k = 0; k < count; k++) {
+      double distance = ((double)centres[j] - components[k].mean) * components[k].inverse;
+      double log_term = components[k].log_height - distance * distance;
+      if (!isfinite(log_term) && log_term != -INFINITY) largest = NAN;
+      largest = log_term > largest ? log_term : largest;
+    }
+    for (int64_t k = 0; k < count; k++) {
+      double distance = ((double)centres[j] - components[k].mean) * components[k].inverse;
+      sum += exp(components[k].log_height - distance * distance - largest);
+    }
+    logs[j] = largest + log(sum) + log_tilt[j];
+    if (isnan(logs[j])) top = NAN;
+    top = logs[j] > top ? logs[j] : top;
+  }
+  if (!isfinite(top)) {
+    top = -INFINITY;
+    for (int64_t j = 0; j < cells; j++) {
+      logs[j] = log_marginal[j];
+      top = logs[j] > top ? logs[j] : top;
+    }
+  }
+  for (int64_t j = 0; j < cells; j++) mass[j] = (float)exp(logs[j] - top);
+}
+
+/* Running sums at the ends of blocks of cells, after a first 0; returns the last one. */
+static double write_sums(int64_t cells, const float *mass, double *sums) {
+  double total = 0;
+  sums[0] = 0;
+  for (int64_t start = 0; start < cells; start += BLOCK) {
+    int64_t length = cells - start < BLOCK ? cells - start : BLOCK;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < length; j++) sum += mass[start + j];
+    total += sum;
+    sums[start / BLOCK + 1] = total;
+  }
+  return total;
+}
+
+/* The label below which a share of the masses lies, linear within a cell, raw units. */
+static double quantile(float level, int64_t cells, const float *mass, const double *sums, double total,
+                       const double *raw_edges) {
+  double target = total * level;
+  int64_t block = 0, blocks = (cells + BLOCK - 1) / BLOCK;
+  while (block < blocks - 1 && sums[block + 1] < target) block++;
+  int64_t cell = block * BLOCK, end = cell + BLOCK < cells ? cell + BLOCK : cells;
+  double below = sums[block];
+  while (cell < end - 1 && below + mass[cell] < target) below += mass[cell++];
+  double part = mass[cell] > 0 ? (target - below) / mass[cell] : 0;
+  part = part < 0 ? 0 : part > 1 ? 1 : part;
+  return raw_edges[cell] + part * (raw_edges[cell + 1] - raw_edges[cell]);
+}
+
+/* Points and intervals of rows.
+ *
+ * log_weights, means, scales: (rows, count) the heads' densities, count at most MOST_COMPONENTS.
+ * edges (cells + 1), centres, half_widths, log_tilt, log_marginal (cells): of a TiltedGrid.
+ * raw_edges: (cells + 1) float64, raw units.
+ * offsets: (cells) of the centres from the first raw edge, for means; NULL for medians.
+ * ends: the two levels of an interval, or NULL.
+ * mass, logs: (cells), (cells + 2) float64, to work in.
+ * answers: (1, rows) float64 points; with ends (3, rows): also lower and upper ends.
+ */
+void tilted_answers(int64_t rows, int64_t count, int64_t cells, const float *log_weights, const float *means,
+                    const float *scales, const float *edges, const float *centres, const float *half_widths,
+                    const float *log_tilt, const float *log_marginal, const double *raw_edges, const float *offsets,
+                    const float *ends, float *mass, double *logs, double *answers) {
+  Component components[MOST_COMPONENTS];
+  for (int64_t row = 0; row < rows; row++) {
+    float top = -INFINITY;
+    int usable = 1;
+    for (int64_t k = 0; k < count; k++) {
+      int64_t at = row * count + k, cell = cell_of(edges, cells, means[at]);
+      /* A component narrower than its cell could fall between the middles of cells. */
+      float scale = scales[at] < half_widths[cell] ? half_widths[cell] : scales[at];
+      components[k] = (Component){log_weights[at] - logf(scale), means[at], SQRT_HALF / scale};
+      float height = components[k].log_height + log_tilt[cell];
+      top = height > top ? height : top;
+      usable &= isfinite(components[k].log_height) && isfinite(means[at]) && isfinite(scale);
+    }
+    /* What is largest at the means is nearly always largest of all: so nothing over- or underflows. */
+    for (int64_t k = 0; k < count; k++) components[k].log_height -= top;
+    double total = 0;
+    if (usable) {
+      write_masses(components, count, cells, centres, log_tilt, mass);
+      total = write_sums(cells, mass, logs);
+    }
+    if (!(total > RELIABLE_TOTAL && total < 1e36)) {
+      write_careful_masses(components, count, cells, centres, log_tilt, log_marginal, logs, mass);
+      total = write_sums(cells, mass, logs);
+    }
+    double point;
+    if (offsets) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < cells; j++) sum += mass[j] * offsets[j];
+      point = raw_edges[0] + sum / total;
+    } else {
+      point = quantile(0.5f, cells, mass, logs, total, raw_edges);
+    }
+    answers[row] = point;
+    if (ends) {
+      double lower = quantile(ends[0], cells, mass, logs, total, raw_edges);
+      double upper = quantile(ends[1], cells, mass, logs, total, raw_edges);
+      answers[rows + row] = lower < point ? lower : point;
+      answers[2 * rows + row] = upper > point ? upper : point;
+    }
+  }
+}
