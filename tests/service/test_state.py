@@ -126,7 +126,7 @@ def test_the_api_description_is_complete(client: httpx.Client) -> None:
         for part in reference.split("/"):
             place = place[part]
     predict = document["paths"]["/predict"]["post"]
-    assert set(predict["responses"]) == {"200", "400", "401", "404", "408", "409", "413", "415", "422", "503"}
+    assert set(predict["responses"]) == {"200", "400", "401", "404", "408", "409", "413", "415", "421", "422", "503"}
     for status, response in predict["responses"].items():
         assert list(response["content"]) == ["application/json" if status == "200" else "application/problem+json"]
 
