@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
 
 from torch import Tensor
 
+from service.passes import CHOICES, Passes, passes_of
 from trainer.calibration import LevelCalibration
 from trainer.class_model import ClassModel, build_class_model, load_classifier
 from trainer.class_predictive import ClassPriors, class_log_probabilities
@@ -40,6 +41,10 @@ class ClassPredictive(NamedTuple):
 class Answering(Protocol):
     """What a loaded model answers with; `Any` is the task's own form of a forward pass's outputs."""
 
+    @property
+    def passes(self) -> Passes:
+        """How rows go through the network."""
+
     def outputs(self, numeric: Tensor, categorical: Tensor) -> Any:
         """What the network says of rows (B, F) and (B, C)."""
 
@@ -64,6 +69,7 @@ class NumberAnswering:
     # Of the label, in its own units; and what requests that ask for the same need alike. None of it changes.
     mean: Tensor
     sd: Tensor
+    passes: Passes = CHOICES[0]
     tilts: dict[float, TiltedGrid] = field(default_factory=dict)  # by balance
     ends: dict[tuple[float, float], Tensor] = field(default_factory=dict)  # by interval and balance
 
@@ -74,15 +80,16 @@ class NumberAnswering:
         prior = learned_prior(settings.learner.loss)
         return cls(model, LabelGrid.empty(), LevelCalibration(), prior, model.labels.mean, model.labels.sd)
 
-    def loaded(self, state: dict[str, Tensor]) -> Self:
-        """With the state of a snapshot, which fills the model at hand."""
+    def loaded(self, state: dict[str, Tensor], buckets: tuple[int, ...]) -> Self:
+        """With the state of a snapshot, which fills the model at hand; `buckets` are the schema's."""
         grid = load_inference(state, self.model, self.calibration)
         model = frozen(self.model)
-        return type(self)(model, grid, self.calibration, self.learned_prior, model.labels.mean, model.labels.sd)
+        passes, labels = passes_of(model, buckets), model.labels
+        return type(self)(model, grid, self.calibration, self.learned_prior, labels.mean, labels.sd, passes)
 
     def outputs(self, numeric: Tensor, categorical: Tensor) -> Components:
         """The head's density for rows."""
-        mixture = self.model(numeric, categorical)
+        mixture = self.passes.run(self.model, numeric, categorical)
         return Components(mixture.log_weights, mixture.means, mixture.log_scales.exp(), self.mean, self.sd)
 
     def select(self, outputs: Components, rows: Tensor) -> Components:
@@ -152,20 +159,22 @@ class ClassAnswering:
     model: ClassModel
     names: Sequence[str]
     priors: ClassPriors | None
+    passes: Passes = CHOICES[0]
 
     @classmethod
     def fresh(cls, schema: FeatureSchema, settings: Settings) -> Self:
         """Of a model that has learned nothing."""
         return cls(build_class_model(schema, settings.model), (), None)
 
-    def loaded(self, state: dict[str, Tensor]) -> Self:
-        """With the state of a snapshot, which fills the model at hand."""
+    def loaded(self, state: dict[str, Tensor], buckets: tuple[int, ...]) -> Self:
+        """With the state of a snapshot, which fills the model at hand; `buckets` are the schema's."""
         names, priors = load_classifier(state, self.model)
-        return type(self)(frozen(self.model), names, priors)
+        model = frozen(self.model)
+        return type(self)(model, names, priors, passes_of(model, buckets))
 
     def outputs(self, numeric: Tensor, categorical: Tensor) -> Tensor:
         """Logits (B, C)."""
-        logits: Tensor = self.model(numeric, categorical).values
+        logits: Tensor = self.passes.run(self.model, numeric, categorical).values
         return logits
 
     def select(self, outputs: Tensor, rows: Tensor) -> Tensor:

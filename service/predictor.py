@@ -1,12 +1,13 @@
 """A loaded snapshot that answers: immutable, so that swapping models is one assignment.
 
 An answer depends on nothing but the row, the snapshot and what is asked of it. Matrix kernels differ by size, and some
-vector kernels treat the rows at the end of a tensor differently; so every tensor on the way has a multiple of 16 rows.
+vector kernels treat the rows at the end of a tensor differently; so every tensor on the way has a multiple of 16 rows,
+or of what `service.passes` found.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -19,8 +20,6 @@ from trainer.errors import SnapshotError, TailstreamError
 from trainer.manifest import Manifest, check_fits
 from trainer.schema import Columns, FeatureSchema, Row
 from trainer.snapshot import Snapshot, SnapshotStore
-
-PASS_MULTIPLE: Final = 16  # numbers in the widest vector register; kernels were seen to agree from multiples of 4
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -82,7 +81,7 @@ class Predictor:
             RuntimeError: the tensors do not fit the model.
         """
         schema = FeatureSchema.of(settings)
-        return cls(snapshot.manifest, fresh_answering(schema, settings).loaded(snapshot.model), schema)
+        return cls(snapshot.manifest, fresh_answering(schema, settings).loaded(snapshot.model, schema.buckets), schema)
 
     @property
     def version(self) -> int:
@@ -137,7 +136,7 @@ class Predictor:
     def _outputs(self, parts: Sequence[Columns]) -> Any:
         """The network's outputs for all rows of the parts, and for the rows of missing values that fill up the pass."""
         count = sum(len(part.numeric) for part in parts)
-        size = _padded(count)
+        size = self._answering.passes.padded(count)
         numeric = np.full((size, len(self._schema.numeric_columns)), np.nan, dtype=np.float32)
         categorical = np.zeros((size, len(self._schema.buckets)), dtype=np.int64)
         np.concatenate([part.numeric for part in parts], out=numeric[:count])
@@ -145,9 +144,10 @@ class Predictor:
         return self._answering.outputs(torch.from_numpy(numeric), torch.from_numpy(categorical))
 
     def _select(self, outputs: Any, places: Iterable[int]) -> tuple[Any, int]:
-        """Outputs of some rows, filled up to a multiple of 16 with those of row 0; and how many rows they are."""
+        """Outputs of some rows, filled up with those of row 0; and how many rows they are."""
         chosen = np.fromiter(places, dtype=np.int64)
-        index = torch.from_numpy(np.pad(chosen, (0, _padded(len(chosen)) - len(chosen))))
+        size = self._answering.passes.padded(len(chosen))
+        index = torch.from_numpy(np.pad(chosen, (0, size - len(chosen))))
         return self._answering.select(outputs, index), len(chosen)
 
     def _lists(self, outputs: Any, rows: int, asked: Asked) -> "_Lists":
@@ -190,7 +190,3 @@ class _Lists:
         self._taken += rows
         lists = {name: column[part] for name, column in self._columns.items()}
         return Answer(balance=balance, model_version=model_version, **lists)
-
-
-def _padded(rows: int) -> int:
-    return max(1, -(-rows // PASS_MULTIPLE)) * PASS_MULTIPLE

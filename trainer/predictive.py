@@ -162,13 +162,10 @@ class TiltedGrid:
     @torch.no_grad()
     def predict(self, components: Components, point: Point = "median", ends: Tensor | None = None) -> Predictive:
         """Answer as the function of that name does; `ends` (2,) are the levels of an interval, never decreasing."""
-        if tilting.takes(components.means, self.log_tilt):
+        parts = components.log_weights, components.means, components.scales
+        if tilting.takes(self.log_tilt, *parts):
             offsets = self._offsets if point == "mean" else None
-            log_weights, means, scales = components.log_weights, components.means, components.scales
-            found = tilting.answers(
-                log_weights.contiguous(), means.contiguous(), scales.contiguous(), self._columns, offsets, ends
-            )
-            answer = Predictive(*found.unbind(0))
+            answer = Predictive(*tilting.answers(parts, self._columns, offsets, ends).unbind(0))
         else:
             mass = self.masses(components)
             answer = _answer(mass, mass.cumsum(1), self.grid, ends, point)
@@ -179,8 +176,7 @@ class TiltedGrid:
     def _columns(self) -> tuple[Tensor, ...]:
         """What `tilting.answers` wants of a grid."""
         marginal = _log_marginal(self.grid, self.balance).float()
-        columns = (self.edges, self.centres, self.half_widths, self.log_tilt, marginal, self.grid.edges.double())
-        return tuple(column.contiguous() for column in columns)
+        return self.edges, self.centres, self.half_widths, self.log_tilt, marginal, self.grid.edges.double()
 
     @cached_property
     def _offsets(self) -> Tensor:

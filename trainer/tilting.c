@@ -7,14 +7,12 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "power_of_two.h"
+#include "gaussians.h"
 
-#define LOG2_E 1.44269504088896341f
 #define SQRT_HALF 0.707106781186547524f
 #define MOST_COMPONENTS 64
-#define LEAST_POWER (-60.0f * LOG2_E) /* of 2: what is further below the top of a row's density counts as that */
-#define MOST_POWER 120.0f
-#define RELIABLE_TOTAL 1e-15 /* below it what was cut off at the least power may matter: the row is done in float64 */
+#define RELIABLE_TOTAL 1e-15  /* below it what was cut off at the lowest power may matter: the row is done in float64 */
+#define LARGEST_TOTAL 0x1p100 /* the same above it, for what was held to the highest power */
 #define BLOCK 16             /* cells that are summed in float32 before they join a sum in float64 */
 
 typedef struct {
@@ -34,24 +32,7 @@ static int64_t cell_of(const float *edges, int64_t cells, float value) {
   return low - 1;
 }
 
-/* Masses of the cells, sum_k 2^(log2(e) (log_height + log_tilt - ((centre - mean) inverse)^2)). */
-static void write_masses(const Component *components, int64_t count, int64_t cells, const float *centres,
-                         const float *log_tilt, float *restrict mass) {
-  for (int64_t k = 0; k < count; k++) {
-    float log_height = components[k].log_height, mean = components[k].mean, inverse = components[k].inverse;
-#pragma omp simd
-    for (int64_t j = 0; j < cells; j++) {
-      float distance = (centres[j] - mean) * inverse;
-      float power = (log_tilt[j] - distance * distance + log_height) * LOG2_E;
-      power = power < LEAST_POWER ? LEAST_POWER : power;
-      power = power > MOST_POWER ? MOST_POWER : power;
-      float before = k ? mass[j] : 0.0f;
-      mass[j] = before + power_of_two(power);
-    }
-  }
-}
-
-/* The same by logs in float64, the largest 1; the marginal where that is not finite. */
+/* Masses of the cells by logs in float64, the largest 1; the marginal where that is not finite. */
 static void write_careful_masses(const Component *components, int64_t count, int64_t cells, const float *centres,
                                  const float *log_tilt, const float *log_marginal, double *logs, float *mass) {
   double top = -INFINITY;
@@ -141,10 +122,13 @@ void tilted_answers(int64_t rows, int64_t count, int64_t cells, const float *log
     for (int64_t k = 0; k < count; k++) components[k].log_height -= top;
     double total = 0;
     if (usable) {
-      write_masses(components, count, cells, centres, log_tilt, mass);
+      memset(mass, 0, (size_t)cells * sizeof *mass);
+      for (int64_t k = 0; k < count; k++)
+        add_gaussian(cells, components[k].log_height, components[k].mean, components[k].inverse, centres, log_tilt,
+                     mass);
       total = write_sums(cells, mass, logs);
     }
-    if (!(total > RELIABLE_TOTAL && total < 1e36)) {
+    if (!(total > RELIABLE_TOTAL && total < LARGEST_TOTAL)) {
       write_careful_masses(components, count, cells, centres, log_tilt, log_marginal, logs, mass);
       total = write_sums(cells, mass, logs);
     }

@@ -32,22 +32,19 @@ def is_loaded() -> bool:
     return _library is not None
 
 
-def takes(components: Tensor, grid: Tensor) -> bool:
-    """Whether the library is there, and for components (B, K) and a grid's cells like these."""
+def takes(log_tilt: Tensor, *components: Tensor) -> bool:
+    """Whether the library is there, and computes with a grid (G,) and components (B, K) like these."""
     return (
         _library is not None
-        and components.is_cpu
-        and grid.is_cpu
-        and components.dtype == torch.float32
-        and components.shape[1] <= MOST_COMPONENTS
+        and log_tilt.is_cpu
+        and all(part.is_cpu and part.dtype == torch.float32 for part in components)
+        and components[0].shape[1] <= MOST_COMPONENTS
         and not torch.compiler.is_compiling()
     )
 
 
 def answers(
-    log_weights: Tensor,
-    means: Tensor,
-    scales: Tensor,
+    components: tuple[Tensor, Tensor, Tensor],
     grid: tuple[Tensor, ...],
     offsets: Tensor | None,
     ends: Tensor | None,
@@ -55,9 +52,7 @@ def answers(
     """Points of rows and, where there are ends, lower and upper ends of intervals.
 
     Args:
-        log_weights: (B, K).
-        means: (B, K).
-        scales: (B, K).
+        components: log weights, means and scales, (B, K) each.
         grid: edges (G + 1,), centres, half widths, log tilt and log marginal (G,), float32; raw edges (G + 1,) float64.
         offsets: (G,) float32 of the raw centres from the first raw edge, for means; None for medians.
         ends: (2,) float32 levels, or None.
@@ -66,11 +61,12 @@ def answers(
         (1, B) or (3, B) float64, raw units.
     """
     assert _library is not None
-    rows, count = means.shape
+    given = [None if t is None else t.contiguous() for t in (*components, *grid, offsets, ends)]
+    rows, count = components[0].shape
     cells = len(grid[1])
     answers = torch.empty(1 if ends is None else 3, rows, dtype=torch.float64)
     work = torch.empty(2 * cells + 2, dtype=torch.float64)
-    pointers = [None if t is None else t.data_ptr() for t in (log_weights, means, scales, *grid, offsets, ends)]
+    pointers = [None if t is None else t.data_ptr() for t in given]
     sums = work.data_ptr()
     _library.tilted_answers(rows, count, cells, *pointers, sums + 8 * (cells + 2), sums, answers.data_ptr())
     return answers

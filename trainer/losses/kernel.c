@@ -9,15 +9,12 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "../power_of_two.h"
+#include "../gaussians.h"
 
-#define LOG2_E 1.44269504088896341f
 #define LN_2 0.693147180559945309
 #define LOG_SQRT_2_PI 0.918938533204672742f
 #define LOWEST_MIXTURE_POWER (-120.0f) /* terms below 2^-120 of a peak count as that: less would be subnormal, and slow */
 #define LOWEST_MIXTURE_SUM 0x1p-50f    /* sums below this may be made of such terms */
-#define LOWEST_POWER (-60.0f * LOG2_E)
-#define HIGHEST_POWER 126.0f
 #define MOST_COMPONENTS 64
 #define BLOCK 256      /* candidates summed in float32 lanes before they join a sum in float64 */
 #define SHORT_BLOCK 64 /* the same where the mean is large beside what is left of it once an own label is subtracted */
@@ -207,27 +204,18 @@ void shifted_rows(int64_t rows, int64_t candidates, const float *reference, cons
   }
 }
 
-/* `predictive.py`'s masses of cells: sums over components of exp(height + tilt - ((centre - mean) inverse)^2).
- *
- * The exponent is kept to where neither the power nor a sum of few of them leaves float32. A row with a parameter that
- * is not a number is not a number. */
+/* `predictive.py`'s masses of cells: sums over components of exp(height + tilt - ((centre - mean) inverse)^2). A row with
+ * a parameter that is not a number is not a number. */
 void mixture_masses(int64_t rows, int64_t components, int64_t cells, const float *heights, const float *means,
                     const float *inverses, const float *centres, const float *tilts, float *masses) {
   for (int64_t i = 0; i < rows; i++) {
     float *mass = masses + i * cells;
-    for (int64_t j = 0; j < cells; j++) mass[j] = 0;
-    for (int64_t k = 0; k < components; k++) {
-      float height = heights[i * components + k], mean = means[i * components + k];
-      float inverse = inverses[i * components + k];
-      float nothing = isnan(height + mean + inverse) ? NAN : 0.0f;
-#pragma omp simd
-      for (int64_t j = 0; j < cells; j++) {
-        float distance = (centres[j] - mean) * inverse;
-        float power = ((tilts[j] + height) - distance * distance) * LOG2_E;
-        power = power > LOWEST_POWER ? power : LOWEST_POWER;
-        power = power < HIGHEST_POWER ? power : HIGHEST_POWER;
-        mass[j] += power_of_two(power) + nothing;
-      }
+    memset(mass, 0, (size_t)cells * sizeof *mass);
+    for (int64_t k = i * components; k < (i + 1) * components; k++) {
+      if (isnan(heights[k] + means[k] + inverses[k]))
+        for (int64_t j = 0; j < cells; j++) mass[j] = NAN;
+      else
+        add_gaussian(cells, heights[k], means[k], inverses[k], centres, tilts, mass);
     }
   }
 }
