@@ -13,7 +13,7 @@ from trainer.config import ServiceSettings
 # Within some 5 ms. In a thread of its own a pass would wait for the interpreter at each of its operations while the
 # event loop is busy.
 INLINE_ROWS: Final = 1024
-MOST_WAITING_ROWS: Final = 65_536  # about a second of work; rows are what waiting requests hold in memory
+MOST_WAITING_ROWS: Final = 65_536  # up to a second of work; rows are what waiting requests hold in memory
 
 
 class _Waiting(NamedTuple):

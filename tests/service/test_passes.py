@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import structlog
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -87,7 +87,7 @@ def test_it_is_said_and_not_looked_for_again(predictor: Predictor, expected: Pas
     assert entry["rows_multiple"] == expected.multiple
 
 
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(hidden=st.lists(st.integers(1, 200), min_size=1, max_size=2).map(tuple), rows=st.integers(1, 300))
 def test_networks_of_any_width_answer_a_row_alike_in_any_batch(hidden: tuple[int, ...], rows: int) -> None:
     """By what is found on this very machine."""

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -78,7 +78,7 @@ def bodies(draw: st.DrawFn) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(bodies())
 @example(b'[{"x": 9007199254740993}, {"x": 1.00000005960464477539062500001}, {"x": 7.0064923216240853e-46}]')
 @example(b'[{"x": -0}, {"x": -0.0}, {"x": 0e5}, {"x": 3.4028235677973366e38}]')

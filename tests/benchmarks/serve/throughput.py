@@ -80,7 +80,7 @@ def measure(folder: Path, rounds: int, seconds: int) -> list[dict[str, Any]]:
     ]
 
 
-def ratio(runs: list[dict[str, Any]], of: str, ours: str, theirs: str, clients: int, instances: int) -> float:
-    """How many times the figure of another server."""
-    rates = {run["server"]: run[of] for run in runs if (run["clients"], run["instances"]) == (clients, instances)}
-    return float(rates[ours] / rates[theirs])
+def ratios(runs: list[dict[str, Any]], of: str, ours: str, theirs: str, instances: int) -> list[float]:
+    """How many times the figure of another server, for each number of clients."""
+    found = {(run["server"], run["clients"]): run[of] for run in runs if run["instances"] == instances}
+    return [float(found[ours, clients] / found[theirs, clients]) for clients in CLIENTS]
