@@ -9,13 +9,14 @@ written on its connection goes uvicorn's way, to the same endpoint; so does ever
 
 import asyncio
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import structlog
 from fastapi import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.problems import CLIENT_LEFT, LARGE_HEAD, NOT_HTTP, SLOW_HEAD, Problem, failure_response
+from service.problems import CLIENT_LEFT, LARGE_HEAD, NOT_HTTP, SLOW_HEAD, Kind, Problem, failure_response
 from service.security import SECURITY_HEADERS
 
 if TYPE_CHECKING:  # it imports torch, which a process that only watches workers does without
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # it imports torch, which a process that only watches workers
     from service.predictor import Answer
 
 LARGEST_HEAD: Final = 65_536  # bytes of a request's first line and headers
+MOST_KEPT: Final = 256  # refusals as they are sent
 SLOWEST_HEAD_S: Final = 10.0  # for them to arrive, and for a new connection to say anything
 ANSWER_HEAD: Final = b"".join(
     [
@@ -124,7 +126,9 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
-            self._write(problem.response(), closes=True)
+            response = problem.response()
+            response.headers["connection"] = "close"
+            self._write(response.status_code, _rendered(response))
         self.transport.close()  # in the middle of an answer nothing else can be said
 
     # Predictions
@@ -186,13 +190,15 @@ class Connection(HttpToolsProtocol):
 
     def _say_no(self, error: BaseException, begun_s: float) -> None:
         if isinstance(error, Problem):
-            response = error.response()
+            status = int(error.kind.status)
+            said = _refusal(error.kind, error.detail) if not error.faults else _rendered(error.response())
         else:
             log.error("a prediction failed", exc_info=error)
             response = failure_response()
+            status, said = response.status_code, _rendered(response)
         if not self.transport.is_closing():
-            self._write(response)
-        self._endpoint.count(response.status_code, time.perf_counter() - begun_s)
+            self._write(status, said)
+        self._endpoint.count(status, time.perf_counter() - begun_s)
         self._next_request()
 
     def _next_request(self) -> None:
@@ -203,15 +209,23 @@ class Connection(HttpToolsProtocol):
                 self.transport.close()
         self.on_response_complete()
 
-    def _write(self, response: Response, *, closes: bool = False) -> None:
-        if closes:
-            response.headers["connection"] = "close"
-        headers = (b"%b: %b\r\n" % header for header in (*response.raw_headers, *SECURITY_HEADERS))
-        head = b"".join([STATUS_LINE[response.status_code], self._default_head(), *headers])
-        self.transport.write(b"%b\r\n%b" % (head, bytes(response.body)))
+    def _write(self, status: int, said: bytes) -> None:
+        self.transport.write(b"%b%b%b" % (STATUS_LINE[status], self._default_head(), said))
 
     def _default_head(self) -> bytes:
         return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
+
+
+@lru_cache(maxsize=MOST_KEPT)
+def _refusal(kind: Kind, detail: str) -> bytes:
+    """A problem without faults: under overload most requests get the same ones, and must cost little beside answers."""
+    return _rendered(Problem(kind, detail).response())
+
+
+def _rendered(response: Response) -> bytes:
+    """Headers of its own and body."""
+    headers = (b"%b: %b\r\n" % header for header in (*response.raw_headers, *SECURITY_HEADERS))
+    return b"%b\r\n%b" % (b"".join(headers), bytes(response.body))
 
 
 class _Answering:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
 import struct
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -168,6 +171,18 @@ def test_no_body_is_read_beyond_its_end() -> None:
     assert schema.columns_within(whole, 0, MOST) is not None
     for length in range(len(whole)):
         assert schema.columns_within(whole[:length], 0, MOST) is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_no_mutated_body_has_memory_read_or_written_that_is_not_its_own(tmp_path: Path) -> None:
+    """A million of them, checked by the compiler's sanitizers."""
+    program = tmp_path / "mutated_records"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    sources = [str(decoding.SOURCE), str(Path(__file__).with_name("mutated_records.c"))]
+    subprocess.run(["cc", "-O1", "-g", "-std=gnu11", *sanitizers, *sources, "-o", str(program), "-lm"], check=True)
+    run = subprocess.run([str(program), "1", "1000000"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 10_000  # that were taken
 
 
 def test_longer_arrays_are_not_taken() -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict, deque
 from typing import Any, NamedTuple
@@ -33,7 +34,10 @@ class Offered(NamedTuple):
 def offer(port: int, body: bytes, *, rate: float, seconds: float, clients: int) -> Offered:
     """Offers so many requests a second from a process of its own."""
     command = python("-m", "tests.benchmarks.serve.offered", *map(str, (port, rate, seconds, clients)))
-    said = json.loads(subprocess.run(command, input=body, stdout=subprocess.PIPE, check=True).stdout)
+    with tempfile.TemporaryFile() as output:
+        subprocess.run(command, input=body, stdout=output, check=True)
+        output.seek(0)
+        said = json.load(output)
     return Offered({int(status): times for status, times in said["times_s"].items()}, Counter(said["answers"]))
 
 
