@@ -1,5 +1,6 @@
 """What tests of delivery are made with: real brokers, real trainer processes, and records to send."""
 
+import base64
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -243,7 +245,7 @@ class Kafka:
     """A real Apache Kafka of one's own, to be ill-treated.
 
     Args:
-        script: starts one: `SCRIPT --port N --data-dir DIR [--set KEY=VALUE ...]`.
+        script: starts one: `SCRIPT --port N --data-dir DIR --cluster-id ID [--set KEY=VALUE ...]`.
         folder: where its data and its log go.
         sets: more `KEY=VALUE` for the server.
         port: to listen at; a free one by default.
@@ -255,7 +257,10 @@ class Kafka:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         options = [part for item in sets for part in ("--set", item)]
-        self._command = [script, "--port", str(self.port), "--data-dir", str(folder / "data"), *options]
+        # Kafka's own tool takes an id that begins with a dash for an option.
+        identity = "k" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
+        where = ["--port", str(self.port), "--data-dir", str(folder / "data"), "--cluster-id", identity]
+        self._command = [script, *where, *options]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

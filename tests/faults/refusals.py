@@ -124,7 +124,7 @@ def attempt(ground: Ground, listener: str, options: dict[str, Any]) -> str:
 
 
 def _ended(trainer: Trainer) -> str:
-    code, log = trainer.wait(30), trainer.log.read_text()
+    code, log = trainer.wait(), trainer.log.read_text()
     return f"exit {code}: " + ("did not let us in" if "did not let us in" in log else log[-300:])
 
 
