@@ -7,6 +7,7 @@ times slower; `TAILSTREAM_KERNEL=require` makes that an error. `CC` names anothe
 
 import os
 import platform
+import runpy
 import shlex
 import subprocess
 import sysconfig
@@ -26,18 +27,17 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class KernelBuildHook(BuildHookInterface[Any]):
-    """Puts `NAME.PLATFORM.INSTRUCTIONS.so` beside each `NAME.c`, and into the wheel."""
+    """Puts `NAME.PLATFORM.INSTRUCTIONS.CHECKSUM.so` beside each `NAME.c`, and into the wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; a failure leaves no library, rather than an old one."""
         target = sysconfig.get_platform()
-        compiler = shlex.split(os.environ.get("CC", "cc"))
         for source in SOURCES:
             for old in (Path(self.root) / source.parent).glob(f"{source.stem}.{target}.*.so"):
                 old.unlink()  # programs that run with it keep it
         try:
             for source in SOURCES:
-                self._compile(Path(self.root) / source, target, compiler)
+                self._compile(Path(self.root) / source)
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("TAILSTREAM_KERNEL") == "require":
                 raise
@@ -47,10 +47,12 @@ class KernelBuildHook(BuildHookInterface[Any]):
         build_data["tag"] = f"py3-none-{target.replace('-', '_').replace('.', '_')}"
         build_data["artifacts"] += [f"{source.with_suffix('')}.{target}.*.so" for source in SOURCES]
 
-    def _compile(self, source: Path, target: str, compiler: list[str]) -> None:
+    def _compile(self, source: Path) -> None:
+        library_of = runpy.run_path(str(Path(self.root) / "trainer/compiled.py"))["library_of"]
+        compiler = shlex.split(os.environ.get("CC", "cc"))
         with tempfile.TemporaryDirectory(dir=source.parent) as folder:
             for name, options in INSTRUCTIONS.items():
-                library = Path(folder) / f"{source.stem}.{target}.{name}.so"
+                library = Path(folder) / library_of(source, name).name
                 subprocess.run([*compiler, *FLAGS, *options, str(source), "-o", str(library), "-lm"], check=True)
             for library in sorted(Path(folder).iterdir()):
                 library.rename(source.with_name(library.name))

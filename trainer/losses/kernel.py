@@ -19,7 +19,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # tensors with memory of their own
 
 
 def load(path: Path) -> ctypes.CDLL | None:
-    """The library at a path, or None if it is not there, of another version, or not for this machine."""
+    """The library at a path, or None if it is not there, or not for this machine."""
     try:
         library = ctypes.CDLL(str(path))
         mixture_losses, mixture_masses = library.mixture_losses, library.mixture_masses
