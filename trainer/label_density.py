@@ -26,8 +26,9 @@ WINDOW_LABELS = 65536.0
 _UNIT_PER_SD = 0.3
 _BANDWIDTH = 0.12  # of the smoothing, in u
 _FLOOR_LABELS = 1e-3  # spread evenly over the range, so that no label between the extremes is impossible
-_ENOUGH_LABELS = 10.0  # labels within one bandwidth from which on a region is trusted fully
+_ENOUGH_LABELS = 40.0  # labels within one bandwidth from which on a region is trusted fully
 _LEAST_MASK = 1e-4
+_KNOWN_LABELS = 10.0  # labels within one bandwidth from which on a region gets the finest cells
 _FINER_WHERE_KNOWN = 3.0  # a region that labels fall in gets cells this much finer than an empty one gets, plus one
 _RANGE_PADDING = 3e-3  # in u, beyond the extreme labels, so that all-equal labels still span a range
 _GROWTH_MARGIN = 0.5  # in u, beyond the extreme labels: how far the range can grow before counts have to move
@@ -50,7 +51,7 @@ class LabelGrid:
     Attributes:
         edges: (G + 1,) float64, increasing; the first and the last enclose every label of the window. (0,) if G = 0.
         log_density: (G,) float32, log p(y), with y in raw label units; integrates to 1 over the cells.
-        log_mask: (G,) float32, log m(y) with m = min(1, labels within one bandwidth / 10): how far to trust a region.
+        log_mask: (G,) float32, log m(y) with m = min(1, labels within one bandwidth / 40): how far to trust a region.
         log_weights: (G,) float32, log w(y) with w = min(20, c p(y)^-1/4), c such that w has mean 1 under p.
     """
 
@@ -169,6 +170,11 @@ class LabelDensity(nn.Module):
         cells = (values - centre).div_(unit).asinh_().sub_(first).div_(step).long().clamp_(0, len(self.counts) - 1)
         self.counts.mul_(math.exp(-len(values) / self.window_labels)).index_add_(0, cells, torch.ones_like(values))
 
+    def smoothing(self) -> tuple[float, float, float]:
+        """Return c, u and h: `grid` smooths a label y by a kernel of standard deviation h (u^2 + (y - c)^2)^(1/2)."""
+        centre, unit, *_ = self.axis.tolist()
+        return centre, unit, _BANDWIDTH
+
     @torch.no_grad()
     def grid(self) -> LabelGrid:
         """Return the smoothed density of the labels seen so far; changes no state.
@@ -189,7 +195,7 @@ class LabelDensity(nn.Module):
         near = smooth / inside.clamp_min(0.5) * (_BANDWIDTH * math.sqrt(2 * math.pi) / step)
         mask = (near / _ENOUGH_LABELS).clamp(_LEAST_MASK, 1.0)
         # Edges at equal steps of how much is known.
-        fineness = _cumulative(1.0 + _FINER_WHERE_KNOWN * mask)
+        fineness = _cumulative(1.0 + _FINER_WHERE_KNOWN * (near / _KNOWN_LABELS).clamp_max(1.0))
         spent = _interpolate(edges.new_tensor([start, end]), edges, fineness)
         shares = torch.linspace(0, 1, GRID_CELLS + 1, dtype=torch.float64, device=edges.device)
         positions = _interpolate(torch.lerp(spent[0], spent[1], shares), fineness, edges)

@@ -22,6 +22,7 @@ from trainer.schema import FeatureSchema
 
 TRAINING_REACH: Final = 50.0  # standard deviations; nearer bounds hide the rare rows that matter (delays, claims)
 SMALLEST_SD: Final = 1e-6  # of a feature, beside its mean: below it what varies is rounding, and is not blown up
+RANGE_RATE: Final = 0.25  # of the way to the range observed, that the range of prediction goes with each batch
 PLAIN_SIGMA_BOUNDS: Final = (1e-3, 1e3)  # label standard deviations
 
 
@@ -29,7 +30,7 @@ class FeatureScaler(nn.Module):
     """Standardises numeric features by the mean and variance of all rows observed, missing values apart.
 
     Buffers (float64, one value a column, F columns): `count`, `mean`, `squares` (sum of squared deviations), `low`,
-    `high` (the range observed).
+    `high` (the range observed), `learned_low`, `learned_high` (the range of prediction, which follows that one).
     """
 
     count: Tensor
@@ -37,10 +38,16 @@ class FeatureScaler(nn.Module):
     squares: Tensor
     low: Tensor
     high: Tensor
+    learned_low: Tensor
+    learned_high: Tensor
 
     def __init__(self, columns: int) -> None:
         super().__init__()
-        for name, value in (("count", 0.0), ("mean", 0.0), ("squares", 0.0), ("low", math.inf), ("high", -math.inf)):
+        for name, value in {
+            **dict.fromkeys(("count", "mean", "squares"), 0.0),
+            **dict.fromkeys(("low", "learned_low"), math.inf),
+            **dict.fromkeys(("high", "learned_high"), -math.inf),
+        }.items():
             self.register_buffer(name, torch.full((columns,), value, dtype=torch.float64))
 
     @torch.no_grad()
@@ -64,17 +71,19 @@ class FeatureScaler(nn.Module):
         self.count.copy_(total)
         torch.minimum(self.low, torch.where(present, values, math.inf).amin(0), out=self.low)
         torch.maximum(self.high, torch.where(present, values, -math.inf).amax(0), out=self.high)
+        for learned, seen in ((self.learned_low, self.low), (self.learned_high, self.high)):
+            learned.copy_(torch.where(learned.isfinite(), learned.lerp(seen, RANGE_RATE), seen))
 
     def forward(self, numeric: Tensor) -> Tensor:
         """Rows (B, F), NaN where missing -> (B, 2F): the standardised columns (0 where missing), then 1 for missing.
 
         In training a value may lie up to 50 standard deviations out. At prediction each column is held to the range
         trained on so far: beyond it a network only extrapolates, and features that grow for ever (a year, a counter)
-        would leave every range.
+        would leave every range. A value beyond it is let in over some batches: a few steps teach little about it.
         """
         values = numeric.double()
         if not self.training:
-            values = torch.minimum(torch.maximum(values, self.low), self.high)
+            values = torch.minimum(torch.maximum(values, self.learned_low), self.learned_high)
         values = ((values - self.mean) / self.scale()).clamp(-TRAINING_REACH, TRAINING_REACH)
         missing = numeric.isnan()
         return torch.cat([torch.where(missing, 0.0, values), missing], dim=1).float()
@@ -100,7 +109,7 @@ class FrozenScaler(FeatureScaler):
 
     def forward(self, numeric: Tensor) -> Tensor:
         """Rows (B, F), NaN where missing -> (B, 2F), as the scaler that it was made of has them."""
-        values = numeric.double().clamp(self.low, self.high).sub_(self.mean).div_(self._scale)
+        values = numeric.double().clamp(self.learned_low, self.learned_high).sub_(self.mean).div_(self._scale)
         values = values.clamp_(-TRAINING_REACH, TRAINING_REACH).nan_to_num_(0.0)
         return torch.cat([values.float(), numeric.isnan().float()], dim=1)
 

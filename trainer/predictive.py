@@ -5,7 +5,7 @@ plain likelihood gives h ~ p(y|x); one trained by a likelihood with weights w(y)
 density p(y) beside it, Bayes' rule gives the answer at any balance b between the stream's own prior (0) and all labels
 alike (1):
 
-    p_b(y|x) ~ p(y|x) p(y)^-b m(y)^b,    m(y) = min(1, labels within one bandwidth / 10),
+    p_b(y|x) ~ p(y|x) p(y)^-b m(y)^b,    m(y) = min(1, labels within one bandwidth / 40),
 
 on the cells of a LabelGrid, where m keeps the answer off regions that hardly any label has been seen in. The label is
 uniform within a cell: point, interval and score all follow from the cells' probabilities.

@@ -89,6 +89,7 @@ class Regression:
         self.prequential = PrequentialMetrics([f"{b:g}" for b in BALANCES], settings.learner.metrics_fading, device)
         self.calibration = LevelCalibration().to(device)
         self._grid, self._median = LabelGrid.empty(), 0.0
+        self._smooth()
 
     def sigma_parameters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """A learned sigma beside its average, or nothing."""
@@ -163,10 +164,18 @@ class Regression:
             self.labels.rescale(ratio, shift)
             self.labels.observe(self.model.labels.standardise(label))
         self.density.observe(torch.from_numpy(host_label))
+        self._smooth()
         if batches < GRID_SETTLED or batches % GRID_EVERY == 0:
             grid = self.density.grid()
             self._median = _median(grid)
             self._grid = grid.to(self._device)
+
+    def _smooth(self) -> None:
+        """Brings the smoothing of the label density into label standard deviations, on the device."""
+        centre, unit, width = self.density.smoothing()
+        sd = self.model.labels.sd
+        self._smooth_centre = ((centre - self.model.labels.mean) / sd).float()
+        self._smooth_least, self._smooth_share = (width * unit / sd).square().float(), width**2
 
     def forget(self, fast: bool) -> None:
         """The window of the label density, as ever or `fast`."""
@@ -193,7 +202,17 @@ class Regression:
         name, head = self._loss, self.model.head
         if isinstance(head, MixtureHead):
             if name == "bmc":
-                return density_bmc_loss(mixture, target, memory=memory, memory_weight=memory_weight, gather=False)
+                # As smooth as the p(y) that the answer multiplies h with: else h is free where p is small and not 0.
+                offset = memory - self._smooth_centre
+                variances = torch.addcmul(self._smooth_least, offset, offset, value=self._smooth_share)
+                return density_bmc_loss(
+                    mixture,
+                    target,
+                    memory=memory,
+                    memory_weight=memory_weight,
+                    memory_variances=variances,
+                    gather=False,
+                )
             label = self.model.labels.restore(target)
             return density_nll_loss(mixture, target, weights=self._grid.log_weight(label).exp().float())
         match name:
@@ -267,6 +286,7 @@ class Regression:
         grid = LabelGrid.from_tensors(unprefixed("grid", state))
         self._grid, self._median = grid.to(self._device), _median(grid)
         self.prequential.load_state_dict(unprefixed("prequential", state))
+        self._smooth()
 
 
 def _median(grid: LabelGrid) -> float:

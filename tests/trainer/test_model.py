@@ -94,6 +94,22 @@ def test_features_are_standardised_and_missing_ones_marked() -> None:
     np.testing.assert_array_equal(out[:, 3:], ~known)
 
 
+def test_a_value_beyond_the_range_is_let_in_over_some_batches() -> None:
+    scaler = FeatureScaler(2)
+    scaler.observe(torch.tensor([[2022.0, torch.nan], [2023.0, torch.nan]]))
+    scaler.observe(torch.tensor([[2024.0, -5.0]]))
+    held = [scaler.learned_high[0].item()]
+    for _ in range(20):
+        scaler.observe(torch.tensor([[2023.0, torch.nan]]))
+        held.append(scaler.learned_high[0].item())
+    assert held[:2] == [2023.25, 2023.4375]
+    assert held[-1] == pytest.approx(2024, abs=0.01)
+    assert scaler.learned_low.tolist() == [2022, -5]
+    assert scaler.high.tolist() == [2024, -5]
+    answers = scaler.eval()(torch.tensor([[2024.0, 0.0], [held[-1], -5.0]]))
+    assert torch.equal(answers[0], answers[1])
+
+
 def test_a_prediction_is_held_to_the_range_trained_on_and_training_is_not() -> None:
     scaler = FeatureScaler(1)
     scaler.observe(torch.tensor([[-1.0], [0.0], [1.0], [4.0]]))

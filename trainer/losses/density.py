@@ -15,7 +15,7 @@ tile, and the backward holds three matrices (B, K).
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ def density_bmc_loss(
     memory: Tensor | None = None,
     memory_log_weights: Tensor | None = None,
     memory_weight: float = 1.0,
+    memory_variances: Tensor | None = None,
     gather: bool = True,
     row_scale: Tensor | None = None,
     location_weight: float = LOCATION_WEIGHT,
@@ -55,6 +56,9 @@ def density_bmc_loss(
         memory_log_weights: (M,) log of each candidate's weight beside the batch's 0; -inf = masked out.
         memory_weight: How often each label of the memory counts, where they are a sample of more: a rare label counts
             once among the batch's, and with few candidates that alone would be all there is to its row's normaliser.
+        memory_variances: (M,) of Gaussians around the labels of the memory, where each stands for those near it too: a
+            Gaussian component is then summed over all of them. None for 0. Among labels as they are, a narrow component
+            costs nothing between two of them, and learns nothing there.
         gather: Whether labels of other ranks are candidates too, where there are any; False where `memory` has them.
         row_scale: (B,) or 0-dim S, used without its gradient; None for the mixture's own standard deviation, without
             which rows would count by 1 / sigma^2.
@@ -77,7 +81,7 @@ def density_bmc_loss(
         row_scale,
         location_weight,
         reduction,
-        (0 if memory is None else len(memory), memory_weight),
+        _Memory(0 if memory is None else len(memory), memory_weight, memory_variances),
     )
 
 
@@ -112,6 +116,17 @@ def density_nll_loss(
     return _density_loss(mixture, target, None, weights, row_scale, location_weight, reduction)
 
 
+class _Memory(NamedTuple):
+    """The last candidates."""
+
+    rows: int = 0
+    weight: float = 1.0
+    variances: Tensor | None = None  # (rows,)
+
+
+_NO_MEMORY = _Memory()
+
+
 def _labels_like(mixture: Mixture, target: Tensor) -> Tensor:
     """The labels as (B,) in the mixture's dtype."""
     target = target.detach().to(mixture.means.dtype)
@@ -132,7 +147,7 @@ def _density_loss(
     row_scale: Tensor | None,
     location_weight: float,
     reduction: Reduction,
-    memory: tuple[int, float] = (0, 1.0),
+    memory: _Memory = _NO_MEMORY,
 ) -> Tensor:
     """Mask what is not finite, and reduce the losses of the rows; without candidates they are likelihoods."""
     labels, log_weights = (None, None) if candidates is None else candidates
@@ -141,20 +156,28 @@ def _density_loss(
     if log_weights is None and kernel.takes(*mixture, target) and mixture.means.shape[1] <= kernel.MOST_COMPONENTS:
         scales = None if scale is None else scale.expand_as(target)
         share = 1 / len(target) if average else 1.0
-        known = kernel.mixture_rows(*mixture, target, labels, scales, factors, *memory, location_weight, share)
+        blur = None if memory.variances is None else memory.variances.detach().to(target.dtype)
+        known = kernel.mixture_rows(
+            *mixture, target, labels, blur, scales, factors, memory.rows, memory.weight, location_weight, share
+        )
         if known is not None:
             rows, mean, *gradients = known
             loss: Tensor = _KnownGradients.apply(*mixture, mean if average else rows, gradients)  # type: ignore[no-untyped-call]
             return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
-    memory_rows, memory_weight = memory
-    if labels is not None and memory_rows and memory_weight != 1.0:
+    if labels is not None and memory.rows and memory.weight != 1.0:
         log_weights = labels.new_zeros(len(labels)) if log_weights is None else log_weights.clone()
-        log_weights[-memory_rows:] += math.log(memory_weight)
+        log_weights[-memory.rows :] += math.log(memory.weight)
+    variances = None
+    if labels is not None and memory.rows and memory.variances is not None:
+        variances = labels.new_zeros(len(labels))
+        variances[-memory.rows :] = memory.variances.detach()
     keep = None
     # Only a CPU may look at the numbers, and then spares the common case all masking.
     clean = target.device.type == "cpu"
     if clean:
         if labels is not None:
+            if variances is not None and log_weights is not None:
+                variances = variances[log_weights > -torch.inf]
             labels, log_weights = drop_masked(labels, log_weights)
         clean = _is_finite(mixture, target if labels is None else labels)
         clean = clean and (log_weights is None or all_finite(log_weights))
@@ -168,7 +191,7 @@ def _density_loss(
     if factors is not None:
         scale = scale * (factors if keep is None else torch.where(keep, factors, 0))
     average = average and keep is None
-    loss = _DensityLoss.apply(*mixture, target, labels, log_weights, scale, location_weight, average)  # type: ignore[no-untyped-call]
+    loss = _DensityLoss.apply(*mixture, target, labels, log_weights, variances, scale, location_weight, average)  # type: ignore[no-untyped-call]
     if keep is not None:
         return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
     return loss if average else reduce_rows(loss, torch.ones_like(target, dtype=torch.bool), reduction)
@@ -219,6 +242,7 @@ class _DensityLoss(torch.autograd.Function):
         target: Tensor,
         labels: Tensor | None,
         log_weights: Tensor | None,
+        variances: Tensor | None,
         scale: Tensor,
         location_weight: float,
         average: bool,
@@ -237,21 +261,17 @@ class _DensityLoss(torch.autograd.Function):
         own.mul_(column / total)  # responsibilities for the own label, times the row's factor
         if labels is None:
             surprise = LOG_SQRT_2_PI - log_own
-            by_log_pi, first, second = -own, -own * distance, -own * square
+            gradients = [torch.zeros_like(own) for _ in range(3)]
         else:
-            log_sum, *moments = mixture_moments(base, means, precision, labels, log_weights)
+            log_sum, *moments = mixture_moments(base, means, precision, labels, log_weights, variances)
             surprise = log_sum - log_own
-            by_log_pi, first, second = (moment.mul_(column) for moment in moments)
-            by_log_pi.sub_(own)
-            first.addcmul_(own, distance, value=-1)
-            second.addcmul_(own, square, value=-1)
+            gradients = [moment.mul_(column) for moment in moments]
+        by_log_pi, by_means, by_log_scales = gradients
+        by_log_pi.sub_(own)
+        by_means.addcmul_(own, distance.mul_(precision), value=-1)
+        by_log_scales.addcmul_(own, square.mul_(precision).sub_(1), value=-1)
         error = location - target
-        ctx.save_for_backward(
-            by_log_pi,
-            first.mul_(precision),
-            second.mul_(precision).sub_(by_log_pi),
-            error * (2 * location_weight * rows),
-        )
+        ctx.save_for_backward(by_log_pi, by_means, by_log_scales, error * (2 * location_weight * rows))
         if not average:
             return torch.addcmul(scale * surprise, error, error, value=location_weight)
         return torch.addcmul(scale * surprise, error, error, value=location_weight).mean()
@@ -261,4 +281,4 @@ class _DensityLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *by_components, by_location = ctx.saved_tensors
         column = grad[:, None] if grad.dim() else grad
-        return (*(column * part for part in by_components), grad * by_location, *[None] * 6)
+        return (*(column * part for part in by_components), grad * by_location, *[None] * 7)

@@ -7,6 +7,7 @@
  */
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "../gaussians.h"
@@ -19,13 +20,17 @@
 #define BLOCK 256      /* candidates summed in float32 lanes before they join a sum in float64 */
 #define SHORT_BLOCK 64 /* the same where the mean is large beside what is left of it once an own label is subtracted */
 
+/* Sums over candidates of what a component's weights e = 2^power, and the derivatives of log e, come to. */
 typedef struct {
-  double zeroth, first, second;
+  double zeroth; /* e */
+  double first;  /* e d / v, d = y - mean, v the variance */
+  double second; /* e (d^2 / v - 1) s^2 / v, s^2 the component's own part of v */
 } Moments;
 
-/* Sums over candidates y of w, w d and w d^2, where d = y - mean and w = 2^(factor d^2 + shift). */
-static inline Moments gaussian_sums(const float *labels, int64_t count, float mean, float factor, float shift) {
+/* The moments of `count` candidates, where v = s^2 and e = 2^(shift - d^2 log2(e) / 2 v). */
+static inline Moments gaussian_sums(const float *labels, int64_t count, float mean, float precision, float shift) {
   Moments sums = {0, 0, 0};
+  const float factor = -0.5f * LOG2_E * precision;
   for (int64_t start = 0; start < count; start += BLOCK) {
     const float *block = labels + start;
     int64_t length = count - start < BLOCK ? count - start : BLOCK;
@@ -44,26 +49,58 @@ static inline Moments gaussian_sums(const float *labels, int64_t count, float me
     sums.first += first;
     sums.second += second;
   }
+  sums.first *= precision;
+  sums.second = sums.second * precision - sums.zeroth;
   return sums;
 }
 
-/* The least |y - mean| of the candidates. */
-static inline float nearest_distance(const float *labels, int64_t count, float mean) {
-  float least = INFINITY;
+/* The same for candidates each of which stands for a Gaussian of labels: v = s^2 + its variance, e as a density's. */
+static inline Moments blurred_sums(const float *labels, const float *variances, int64_t count, float mean,
+                                   float precision, float shift) {
+  Moments sums = {0, 0, 0};
+  const float own = 1 / precision;
+  for (int64_t start = 0; start < count; start += BLOCK) {
+    const float *block = labels + start, *blurs = variances + start;
+    int64_t length = count - start < BLOCK ? count - start : BLOCK;
+    float zeroth = 0, first = 0, second = 0;
+#pragma omp simd reduction(+ : zeroth, first, second)
+    for (int64_t j = 0; j < length; j++) {
+      float inverse = 1 / (own + blurs[j]), distance = block[j] - mean;
+      float share = own * inverse, square = distance * distance * inverse;
+      float power = square * (-0.5f * LOG2_E) + shift;
+      float weight = power_of_two(power < LOWEST_MIXTURE_POWER ? LOWEST_MIXTURE_POWER : power) * sqrtf(share);
+      zeroth += weight;
+      first += weight * (distance * inverse);
+      second += weight * ((square - 1) * share);
+    }
+    sums.zeroth += zeroth;
+    sums.first += first;
+    sums.second += second;
+  }
+  return sums;
+}
+
+/* The least d^2 / v of the candidates; variances may be NULL. */
+static inline float least_square(const float *labels, const float *variances, int64_t count, float mean,
+                                 float precision) {
+  float least = INFINITY, own = 1 / precision;
 #pragma omp simd reduction(min : least)
   for (int64_t j = 0; j < count; j++) {
-    float distance = fabsf(labels[j] - mean);
-    least = distance < least ? distance : least;
+    float distance = labels[j] - mean;
+    float square = distance * distance * (variances ? 1 / (own + variances[j]) : precision);
+    least = square < least ? square : least;
   }
   return least;
 }
 
-/* `gaussian_sums` where labels from `count` on, up to `candidates`, count `weight` times. */
-static inline Moments weighted_sums(const float *labels, int64_t count, int64_t candidates, double weight, float mean,
-                                    float factor, float shift) {
-  Moments sums = gaussian_sums(labels, count, mean, factor, shift);
+/* The moments of a step's labels, and of others after them that count `weight` times and may be blurred. */
+static inline Moments weighted_sums(const float *labels, int64_t count, int64_t candidates, const float *variances,
+                                    double weight, float mean, float precision, float shift) {
+  Moments sums = gaussian_sums(labels, count, mean, precision, shift);
   if (candidates > count) {
-    Moments others = gaussian_sums(labels + count, candidates - count, mean, factor, shift);
+    Moments others = variances
+                         ? blurred_sums(labels + count, variances, candidates - count, mean, precision, shift)
+                         : gaussian_sums(labels + count, candidates - count, mean, precision, shift);
     sums.zeroth += weight * others.zeroth;
     sums.first += weight * others.first;
     sums.second += weight * others.second;
@@ -73,12 +110,13 @@ static inline Moments weighted_sums(const float *labels, int64_t count, int64_t 
 
 /* `density.py`'s losses of rows and their gradients. Without labels the loss is the likelihood.
  *
- * The first `unweighted` candidates count once, the others `other_weight` times. scales and weights may be NULL: for the mixture's own standard deviation, and for 1. `share` multiplies the
- * gradients: 1 over the rows for those of the mean. Returns 1, or 0 if any number came out not finite; the outputs are
+ * The first `unweighted` candidates count once, the others `other_weight` times, and each of those may stand for a
+ * Gaussian of labels with its own of `variances`. variances, scales and weights may be NULL: for labels as they are,
+ * the mixture's own standard deviation, and 1. `share` multiplies the gradients: 1 over the rows for those of the mean. Returns 1, or 0 if any number came out not finite; the outputs are
  * then not to be used. */
 int mixture_losses(int64_t rows, int64_t components, int64_t candidates, int64_t unweighted, const float *log_weights,
                    const float *means, const float *log_scales, const float *location, const float *target,
-                   const float *labels, const float *scales, const float *weights, float other_weight,
+                   const float *labels, const float *variances, const float *scales, const float *weights, float other_weight,
                    float location_weight, float share, float *loss, float *mean_loss, float *by_log_weights,
                    float *by_means, float *by_log_scales, float *by_location) {
   double loss_sum = 0;
@@ -126,8 +164,7 @@ int mixture_losses(int64_t rows, int64_t components, int64_t candidates, int64_t
       total = 0;
       for (int64_t k = 0; k < components; k++) {
         double height = expf(base[k] - peak);
-        float factor = -0.5f * LOG2_E * precision[k];
-        sums[k] = weighted_sums(labels, unweighted, candidates, other_weight, mean[k], factor, 0);
+        sums[k] = weighted_sums(labels, unweighted, candidates, variances, other_weight, mean[k], precision[k], 0);
         sums[k].zeroth *= height, sums[k].first *= height, sums[k].second *= height;
         total += sums[k].zeroth;
       }
@@ -136,15 +173,15 @@ int mixture_losses(int64_t rows, int64_t components, int64_t candidates, int64_t
         /* All labels are many scales away: the exponents relative to the largest of them. */
         highest = -INFINITY;
         for (int64_t k = 0; k < components; k++) {
-          double nearest = nearest_distance(labels, candidates, mean[k]);
-          double power = LOG2_E * (base[k] - peak - 0.5 * precision[k] * nearest * nearest);
+          double nearest = least_square(labels, NULL, unweighted, mean[k], precision[k]);
+          double other = least_square(labels + unweighted, variances, candidates - unweighted, mean[k], precision[k]);
+          double power = LOG2_E * (base[k] - peak - 0.5 * (other < nearest ? other : nearest));
           highest = power > highest ? power : highest;
         }
         total = 0;
         for (int64_t k = 0; k < components; k++) {
           float shift = (float)(LOG2_E * (double)(base[k] - peak) - highest);
-          float factor = -0.5f * LOG2_E * precision[k];
-          sums[k] = weighted_sums(labels, unweighted, candidates, other_weight, mean[k], factor, shift);
+          sums[k] = weighted_sums(labels, unweighted, candidates, variances, other_weight, mean[k], precision[k], shift);
           total += sums[k].zeroth;
         }
       }
@@ -155,12 +192,12 @@ int mixture_losses(int64_t rows, int64_t components, int64_t candidates, int64_t
     for (int64_t k = 0; k < components; k++) {
       float distance = target[i] - mean[k], own_share = own[k] / own_total;
       float zeroth = (float)(sums[k].zeroth / total) - own_share;
-      float first = (float)(sums[k].first / total) - own_share * distance;
-      float second = (float)(sums[k].second / total) - own_share * distance * distance;
+      float first = (float)(sums[k].first / total) - own_share * distance * precision[k];
+      float second = (float)(sums[k].second / total) - own_share * (distance * distance * precision[k] - 1);
       by_log_weights[i * components + k] = factor * zeroth;
-      by_means[i * components + k] = factor * (first * precision[k]);
-      by_log_scales[i * components + k] = factor * (second * precision[k] - zeroth);
-      row_finite += factor * (zeroth + first * precision[k] + second * precision[k]);
+      by_means[i * components + k] = factor * first;
+      by_log_scales[i * components + k] = factor * second;
+      row_finite += factor * (zeroth + first + second);
     }
     float error = location[i] - target[i];
     by_location[i] = 2 * location_weight * share * error;

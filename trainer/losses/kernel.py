@@ -26,7 +26,7 @@ def load(path: Path) -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    mixture_losses.argtypes = [count] * 4 + [pointer] * 8 + [number] * 3 + [pointer] * 6
+    mixture_losses.argtypes = [count] * 4 + [pointer] * 9 + [number] * 3 + [pointer] * 6
     mixture_losses.restype = ctypes.c_int
     library.mixture_parts.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 4
     library.mixture_outputs.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 6
@@ -59,6 +59,7 @@ def mixture_rows(
     location: Tensor,
     target: Tensor,
     labels: Tensor | None,
+    variances: Tensor | None,
     scales: Tensor | None,
     weights: Tensor | None,
     memory_rows: int,
@@ -75,6 +76,7 @@ def mixture_rows(
         location: (B,).
         target: (B,) labels.
         labels: (M,) candidates, the labels among them, or None for the likelihood.
+        variances: (memory_rows,) of the Gaussians that the last candidates stand for, or None for 0.
         scales: (B,) factors of the rows, or None for the mixtures' standard deviations.
         weights: (B,) further factors, or None for 1.
         memory_rows: How many candidates, at the end, count `memory_weight` times.
@@ -87,7 +89,7 @@ def mixture_rows(
         is not finite.
     """
     assert _library is not None
-    given = [None if t is None else t.contiguous() for t in (target, labels, scales, weights)]
+    given = [None if t is None else t.contiguous() for t in (target, labels, variances, scales, weights)]
     parts = [t.detach().contiguous() for t in (log_weights, means, log_scales, location)]
     outputs = torch.empty_like(parts[3]), parts[3].new_empty(()), *(torch.empty_like(part) for part in parts)
     finite = _library.mixture_losses(

@@ -14,11 +14,17 @@ LOWEST_SUM = 2.0**-50
 
 
 def mixture_moments(
-    base: Tensor, means: Tensor, precision: Tensor, labels: Tensor, log_weights: Tensor | None
+    base: Tensor,
+    means: Tensor,
+    precision: Tensor,
+    labels: Tensor,
+    log_weights: Tensor | None,
+    variances: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log of the candidates' sum, and moments of their distance to the means, in O(B K + M) memory.
+    """Log of the candidates' sum, and its derivatives, in O(B K + M) memory.
 
-    With e_ijk = w_j exp(base_ik - precision_ik d_ijk^2 / 2) and d_ijk = y_j - m_ik:
+    With e_ijk = w_j (s_ik^2 / v_ijk)^(1/2) exp(base_ik - d_ijk^2 / 2 v_ijk), d_ijk = y_j - m_ik and v_ijk = s_ik^2 +
+    variance_j:
 
     Args:
         base: (B, K) log of the components' peaks.
@@ -26,16 +32,18 @@ def mixture_moments(
         precision: (B, K) 1 / s^2.
         labels: (M,) candidates.
         log_weights: (M,) log w, -inf = masked out; None for 0.
+        variances: (M,) of the Gaussians that candidates stand for; None for 0.
 
     Returns:
-        log sum_jk e_ijk (B,), and sum_j e_ijk, sum_j e_ijk d_ijk, sum_j e_ijk d_ijk^2 over sum_jk e_ijk, (B, K) each.
+        log sum_jk e_ijk (B,), and its derivatives (B, K) by log pi, m and log s: sums over j of e_ijk, e_ijk d_ijk / v
+        and e_ijk (d_ijk^2 / v - 1) s^2 / v, over sum_jk e_ijk.
     """
     elements = CPU_TILE_ELEMENTS if labels.device.type == "cpu" else DEVICE_TILE_ELEMENTS
     rows = max(1, elements // (len(labels) * means.shape[1]))
     if means.shape[0] <= rows:
-        return _tile(base, means, precision, labels, log_weights)
+        return _tile(base, means, precision, labels, log_weights, variances)
     tiles = [
-        _tile(b, m, p, labels, log_weights)
+        _tile(b, m, p, labels, log_weights, variances)
         for b, m, p in zip(*(torch.split(x, rows) for x in (base, means, precision)), strict=True)
     ]
     log_sum, zeroth, first, second = (torch.cat(part) for part in zip(*tiles, strict=True))
@@ -43,23 +51,34 @@ def mixture_moments(
 
 
 def _tile(
-    base: Tensor, means: Tensor, precision: Tensor, labels: Tensor, log_weights: Tensor | None
+    base: Tensor,
+    means: Tensor,
+    precision: Tensor,
+    labels: Tensor,
+    log_weights: Tensor | None,
+    variances: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One tile of `mixture_moments`."""
     peak = base.amax(1, keepdim=True)
-    if log_weights is None and labels.device.type == "cpu":
+    if log_weights is None and variances is None and labels.device.type == "cpu":
         answer = _unweighted_tile(base - peak, means, precision, labels)
         if answer is not None:
             return answer[0].add_(peak[:, 0]), *answer[1:]
     distance = labels - means[:, :, None]  # (R, K, M)
     square = distance * distance
     part = base[:, :, None] if log_weights is None else base[:, :, None] + log_weights
-    weight = torch.addcmul(part, square, precision[:, :, None], value=-0.5)
+    inverse, share = precision[:, :, None], None
+    if variances is not None:
+        share = 1 / (1 + variances * inverse)  # s^2 / v
+        inverse, part = inverse * share, part + 0.5 * share.log()
+    weight = torch.addcmul(part, square, inverse, value=-0.5)
     peak = weight.amax((1, 2), keepdim=True)
     weight.sub_(peak).clamp_(min=LOWEST_EXPONENT).exp_()
     zeroth = weight.sum(2)
     total = zeroth.sum(1, keepdim=True)
-    first, second = (x.mul_(weight).sum(2).div_(total) for x in (distance, square))
+    pull = square.mul_(inverse).sub_(1)
+    pull = pull if share is None else pull.mul_(share)
+    first, second = (x.mul_(weight).sum(2).div_(total) for x in (distance.mul_(inverse), pull))
     return total[:, 0].log() + peak[:, 0, 0], zeroth / total, first, second
 
 
@@ -83,4 +102,5 @@ def _unweighted_tile(
     height.div_(total)
     first = weight.mul_(distance).sum(2).mul_(height)
     second = weight.mul_(distance).sum(2).mul_(height)
-    return total[:, 0].log(), zeroth.div_(total), first, second
+    zeroth = zeroth.div_(total)
+    return total[:, 0].log(), zeroth, first.mul_(precision), second.mul_(precision).sub_(zeroth)

@@ -32,6 +32,49 @@ def naive_density_bmc(mixture: Mixture, target: Tensor, memory: Tensor, log_weig
     return (mixture.spread() * entropy).mean() + 2 * (mixture.location - target).square().mean()
 
 
+def naive_blurred_bmc(mixture: Mixture, target: Tensor, memory: Tensor, variances: Tensor, weight: float) -> Tensor:
+    def log_density(labels: Tensor, more: Tensor) -> Tensor:
+        total = (2 * mixture.log_scales).exp()[:, :, None] + more
+        square = (labels - mixture.means[:, :, None]).square()
+        return (mixture.log_weights[:, :, None] - 0.5 * (total.log() + square / total)).logsumexp(1)
+
+    logits = torch.cat(
+        [log_density(target, torch.zeros_like(target)), log_density(memory, variances) + math.log(weight)], 1
+    )
+    entropy = F.cross_entropy(logits, torch.arange(len(target)), reduction="none")
+    return (mixture.spread() * entropy).mean() + 2 * (mixture.location - target).square().mean()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 40),
+    components=st.integers(1, 5),
+    memory=st.integers(1, 400),
+    outlier=st.floats(0, 60),
+    width=st.floats(0, 1),
+    seed=st.integers(0, 2**20),
+)
+def test_a_memory_of_gaussians_gives_the_gradients_of_autograd(rows, components, memory, outlier, width, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(rows, generator=generator, dtype=torch.float64)
+    labels = torch.randn(memory, generator=generator, dtype=torch.float64).exp()
+    target[0] += outlier
+    variances = width * (0.1 + labels.square())
+    results = []
+    for dtype, loss_of in (
+        (torch.float64, lambda m, t, y, v: naive_blurred_bmc(m, t, y, v, 30.0)),
+        (torch.float64, lambda m, t, y, v: density_bmc_loss(m, t, memory=y, memory_variances=v, memory_weight=30.0)),
+        (torch.float32, lambda m, t, y, v: density_bmc_loss(m, t, memory=y, memory_variances=v, memory_weight=30.0)),
+    ):
+        head = [x.detach().to(dtype).requires_grad_() for x in make_head(rows, components, seed)]
+        loss = loss_of(mixture_of(head), target.to(dtype), labels.to(dtype), variances.to(dtype))
+        results.append([loss.detach(), *torch.autograd.grad(loss, head)])
+    right, double, single = results
+    for a, b, c in zip(right, double, single, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(c.double(), a, rtol=1e-4, atol=1e-5 * (1 + float(a.abs().max())))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     rows=st.integers(1, 40),
