@@ -16,7 +16,7 @@ from trainer.losses import ClassCounts
 from trainer.model import FeatureScaler, build_body, prefixed, unprefixed
 from trainer.schema import FeatureSchema
 
-FIRST_LENGTH: Final = 4.0  # of a new class's weights; long, so that it has a direction that the body can turn to
+FIRST_LENGTH: Final = 1.5  # of a new class's weights: with none the body learns nothing at first, long ones stay random
 COUNTS_DECAY: Final = 1 - 1 / 65536  # a row, of the class counts: the window of the label density
 
 

@@ -79,8 +79,10 @@ class Classification:
 
     def grow(self, batch: Batch) -> bool:
         """Makes room for the classes that a batch brings; says whether the networks' weights are new ones."""
+        if not batch.new_classes:
+            return False
         self._add(batch.new_classes)
-        return bool(batch.new_classes)
+        return True
 
     def _add(self, names: Sequence[str]) -> None:
         self.names += names
@@ -142,7 +144,9 @@ class Classification:
         return logits, self._loss_of(logits, target)
 
     def _loss_of(self, logits: Logits, target: Tensor) -> Tensor:
-        values, counts = logits.values, self.model.labels
+        counts = self.model.labels
+        # A class that was only listed is no answer yet, so nothing is to be learned against it.
+        values = logits.values.masked_fill(counts.counts == 0, torch.finfo(logits.values.dtype).min)
         match self._learner.loss:
             case "cross_entropy":
                 return cross_entropy_loss(values, target)

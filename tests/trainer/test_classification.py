@@ -120,6 +120,34 @@ def test_growing_changes_no_answer_and_keeps_what_the_optimiser_knows() -> None:
     assert torch.equal(after["optimizer.0.step"], before["optimizer.0.step"])
 
 
+@pytest.mark.parametrize("listed", [[], ["0", "1"]])
+def test_every_weight_goes_on_learning_when_no_class_is_new(listed: list[str]) -> None:
+    given = class_settings(schema={"classes": listed})
+    batches = batches_of(given, *clusters(640, [0.6, 0.4]))
+    learner = trained(given, batches[:-1])
+    assert not batches[-1].new_classes
+    networks = {"current": learner.model, "averaged": learner.averaged}
+    before = {name: [p.detach().clone() for p in network.head.parameters()] for name, network in networks.items()}
+    learner.step(batches[-1])
+    for name, network in networks.items():
+        for old, new in zip(before[name], network.head.parameters(), strict=True):
+            assert bool((new != old).any(-1).all()), name
+
+
+@pytest.mark.parametrize("loss", ["logit_adjusted", "cross_entropy", "focal"])
+def test_a_class_that_is_only_listed_is_not_learned_against(loss: str) -> None:
+    species, x, y = clusters(640, [0.6, 0.4])
+    logits = []
+    for unseen in ([], ["2"]):
+        given = class_settings(schema={"classes": ["0", "1", *unseen]}, learner={"loss": loss})
+        batches = batches_of(given, species, x, y)
+        learner = trained(given, batches)
+        rows = torch.from_numpy(batches[0].numeric), torch.from_numpy(batches[0].categorical)
+        logits.append(learner.model.eval()(*rows).values)
+    torch.testing.assert_close(logits[1][:, :2], logits[0])
+    assert not learner.model.head.bias[2].any()
+
+
 def test_a_thousand_classes_work() -> None:
     features = {"code": {"kind": "vector", "size": 24}}
     given = class_settings(
