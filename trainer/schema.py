@@ -517,7 +517,12 @@ def moment(value: str | int | float) -> datetime | None:
         if not isinstance(value, str):
             return datetime.fromtimestamp(value / 1000, UTC)
         time = datetime.fromisoformat(value)
-        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+        if time.tzinfo is None:
+            return time.replace(tzinfo=UTC)
+        try:
+            return time.astimezone(UTC)
+        except OverflowError:  # by its offset it lies hours before the year 1 or after 9999: the nearest there is
+            return (datetime.min if time.year == 1 else datetime.max).replace(tzinfo=UTC)
     except (ValueError, OverflowError, OSError):
         return None
 
