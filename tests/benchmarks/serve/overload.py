@@ -12,7 +12,7 @@ from tests.benchmarks.serve.net import body, service_command, with_model, write_
 from tests.benchmarks.serve.offered import offer
 from tests.benchmarks.serve.processes import on_cores, wrk
 
-ROWS = 200  # so that refusing a request is cheap beside answering one, as it is not with a single row; and for the load too
+ROWS = 200  # so that refusing a request is cheap beside answering one, as it is not with a single row
 CLIENTS = 64  # that the service has room for: its queue is as long
 TIMES = 3
 SAMPLE_S = 0.5
