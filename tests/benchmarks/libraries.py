@@ -26,7 +26,9 @@ def river_linear(features: Mapping[str, str], seed: int) -> Regressor:
     """Linear regression by stochastic gradient descent: numbers standardised, categories one-hot."""
     from river import linear_model, preprocessing
 
-    scaler, model = preprocessing.StandardScaler(), preprocessing.TargetStandardScaler(linear_model.LinearRegression())
+    scaler = preprocessing.StandardScaler()
+    # By itself it diverges where a number lies many standard deviations out.
+    model = preprocessing.TargetStandardScaler(linear_model.LinearRegression(clip_gradient=1.0))
 
     def encoded(record: Record) -> dict[str, float]:
         numbers, words = _parted(record, features)
@@ -40,10 +42,10 @@ def river_linear(features: Mapping[str, str], seed: int) -> Regressor:
 
 
 def river_forest(features: Mapping[str, str], seed: int) -> Regressor:
-    """An adaptive random forest of ten trees."""
+    """An adaptive random forest of ten trees; its leaves answer with means, as linear models take no categories."""
     from river import forest
 
-    model = forest.ARFRegressor(seed=seed)
+    model = forest.ARFRegressor(seed=seed, leaf_prediction="mean")
 
     def fields(record: Record) -> dict[str, Any]:
         numbers, words = _parted(record, features)
