@@ -144,11 +144,16 @@ class Soak:
     def settle(self) -> dict[str, bool]:
         """What must be true once everything sent has been read."""
 
-        def all_read() -> bool:
-            assert self.trainer.poll() is None, self.trainer.log.read_text()[-3000:]
-            return progress(self.settings) >= self.sent
+        # What an hour has left to read may take long: only standing still is a fault.
+        read = -1
+        while read < self.sent:
 
-        wait_until(all_read, "all is read", timeout_s=600)
+            def goes_on(before: int = read) -> bool:
+                assert self.trainer.poll() is None, self.trainer.log.read_text()[-3000:]
+                return progress(self.settings) > before
+
+            wait_until(goes_on, f"more than {read} of {self.sent} records are read", timeout_s=300)
+            read = progress(self.settings)
         self._stop()
         store = SnapshotStore(self.settings.store.path)
         part = store.manifest(store.versions()[-1]).partitions[0]
