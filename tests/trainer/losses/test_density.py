@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -54,12 +54,14 @@ def naive_blurred_bmc(mixture: Mixture, target: Tensor, memory: Tensor, variance
     width=st.floats(0, 1),
     seed=st.integers(0, 2**20),
 )
+@example(rows=5, components=5, memory=1, outlier=35.0, width=0.0, seed=5)
 def test_a_memory_of_gaussians_gives_the_gradients_of_autograd(rows, components, memory, outlier, width, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
-    target = torch.randn(rows, generator=generator, dtype=torch.float64)
-    labels = torch.randn(memory, generator=generator, dtype=torch.float64).exp()
+    target = torch.randn(rows, generator=generator)
+    labels = torch.randn(memory, generator=generator).exp()
     target[0] += outlier
-    variances = width * (0.1 + labels.square())
+    variances = (width * (0.1 + labels.square())).double()
+    target, labels = target.double(), labels.double()
     results = []
     for dtype, loss_of in (
         (torch.float64, lambda m, t, y, v: naive_blurred_bmc(m, t, y, v, 30.0)),
@@ -70,9 +72,13 @@ def test_a_memory_of_gaussians_gives_the_gradients_of_autograd(rows, components,
         loss = loss_of(mixture_of(head), target.to(dtype), labels.to(dtype), variances.to(dtype))
         results.append([loss.detach(), *torch.autograd.grad(loss, head)])
     right, double, single = results
+    # Which component is nearest to a label far from all is a difference of large exponents, as float32 has them.
+    mixture = mixture_of([x.detach() for x in make_head(rows, components, seed)])
+    exponent = ((target[:, None] - mixture.means) / mixture.log_scales.exp()).square().amin(1).max() / 2
+    share = 1e-5 + 2 * torch.finfo(torch.float32).eps * float(exponent)
     for a, b, c in zip(right, double, single, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(c.double(), a, rtol=1e-4, atol=1e-5 * (1 + float(a.abs().max())))
+        torch.testing.assert_close(c.double(), a, rtol=1e-4, atol=share * (1 + float(a.abs().max())))
 
 
 @settings(deadline=None, max_examples=60)
