@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -71,7 +71,8 @@ class Soak:
 
     def trainer_told_twice(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            os.kill(self.trainer.pid, number)
+            with suppress(ProcessLookupError):  # it may have ended by the first
+                os.kill(self.trainer.pid, number)
             time.sleep(self._random.uniform(0, 0.2))
         code = self.trainer.wait()
         assert code in (0, 130), f"exit code {code}: {self.trainer.log.read_text()[-3000:]}"
