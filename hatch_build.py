@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ class KernelBuildHook(BuildHookInterface[Any]):
         for source in SOURCES:
             for old in (Path(self.root) / source.parent).glob(f"{source.stem}.{target}.*.so"):
                 old.unlink()  # programs that run with it keep it
+        library_of = runpy.run_path(str(Path(self.root) / "trainer/compiled.py"))["library_of"]
         try:
             for source in SOURCES:
-                self._compile(Path(self.root) / source)
+                self._compile(Path(self.root) / source, library_of)
         except (OSError, subprocess.CalledProcessError) as error:
             if os.environ.get("TAILSTREAM_KERNEL") == "require":
                 raise
@@ -47,8 +49,7 @@ class KernelBuildHook(BuildHookInterface[Any]):
         build_data["tag"] = f"py3-none-{target.replace('-', '_').replace('.', '_')}"
         build_data["artifacts"] += [f"{source.with_suffix('')}.{target}.*.so" for source in SOURCES]
 
-    def _compile(self, source: Path) -> None:
-        library_of = runpy.run_path(str(Path(self.root) / "trainer/compiled.py"))["library_of"]
+    def _compile(self, source: Path, library_of: Callable[[Path, str], Path]) -> None:
         compiler = shlex.split(os.environ.get("CC", "cc"))
         with tempfile.TemporaryDirectory(dir=source.parent) as folder:
             for name, options in INSTRUCTIONS.items():

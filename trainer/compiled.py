@@ -1,5 +1,6 @@
 """Where the build puts what it compiled of a C source: beside it, a library for each of several instruction sets."""
 
+import ctypes
 import re
 import sysconfig
 import zlib
@@ -12,6 +13,15 @@ def library_of(source: Path, instructions: str) -> Path:
     Its name has a checksum of what it was made of, so that one of another version is none.
     """
     return source.with_name(f"{source.stem}.{sysconfig.get_platform()}.{instructions}.{_checksum(source):08x}.so")
+
+
+def opened(path: Path, function: str) -> ctypes.CDLL | None:
+    """The library at a path, or None if it is not there, is not for this machine, or lacks a function."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    return library if hasattr(library, function) else None
 
 
 def _checksum(source: Path) -> int:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.compiled import library_of
+from trainer.compiled import library_of, opened
 
 SOURCE = Path(__file__).with_suffix(".c")
 KINDS: Final = {"numeric": 0, "boolean": 1, "categorical": 2}  # of `decoding.c`
@@ -19,14 +19,12 @@ KINDS: Final = {"numeric": 0, "boolean": 1, "categorical": 2}  # of `decoding.c`
 
 def load(path: Path) -> ctypes.CDLL | None:
     """The library at a path, or None if it is not there, or not for this machine."""
-    try:
-        library = ctypes.CDLL(str(path))
+    library = opened(path, "decode_records")
+    if library is not None:
+        whole, pointer = ctypes.c_int64, ctypes.c_void_p
         decode = library.decode_records
-    except (OSError, AttributeError):
-        return None
-    whole, pointer = ctypes.c_int64, ctypes.c_void_p
-    decode.argtypes = [ctypes.c_char_p, *[whole] * 4, *[pointer] * 4, *[whole] * 2, *[pointer] * 3]
-    decode.restype = whole
+        decode.argtypes = [ctypes.c_char_p, *[whole] * 4, *[pointer] * 4, *[whole] * 2, *[pointer] * 3]
+        decode.restype = whole
     return library
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.compiled import instructions_of_torch, library_of
+from trainer.compiled import instructions_of_torch, library_of, opened
 
 MOST_COMPONENTS = 64  # of `tilting.c`
 SOURCE = Path(__file__).with_suffix(".c")
@@ -14,13 +14,10 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 def load(path: Path) -> ctypes.CDLL | None:
     """The library at a path, or None if it is not there, or not for this machine."""
-    try:
-        library = ctypes.CDLL(str(path))
-        answers = library.tilted_answers
-    except (OSError, AttributeError):
-        return None
-    answers.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 14
-    answers.restype = None
+    library = opened(path, "tilted_answers")
+    if library is not None:
+        library.tilted_answers.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 14
+        library.tilted_answers.restype = None
     return library
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.compiled import instructions_of_torch, library_of
+from trainer.compiled import instructions_of_torch, library_of, opened
 
 MOST_COMPONENTS = 64  # of `kernel.c`
 
@@ -20,11 +20,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # tensors with memory of their own
 
 def load(path: Path) -> ctypes.CDLL | None:
     """The library at a path, or None if it is not there, or not for this machine."""
-    try:
-        library = ctypes.CDLL(str(path))
-        mixture_losses, mixture_masses = library.mixture_losses, library.mixture_masses
-    except (OSError, AttributeError):
+    library = opened(path, "mixture_losses")
+    if library is None:
         return None
+    mixture_losses, mixture_masses = library.mixture_losses, library.mixture_masses
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     mixture_losses.argtypes = [count] * 4 + [pointer] * 9 + [number] * 3 + [pointer] * 6
     mixture_losses.restype = ctypes.c_int
