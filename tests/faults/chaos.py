@@ -73,8 +73,10 @@ def run(
     records -= records % settings.batch.size  # full batches only
     for begin in range(0, records, CHUNK):
         send(settings, rows(min(CHUNK, records - begin), seed=begin), partitions)
-    killed = _killed(config, settings, kills, records) if ranks == 1 else _ranks_killed(config, kills, records, ranks)
-    torn, done = killed
+    if ranks == 1:
+        torn, done = _killed(config, settings, kills, records)
+    else:
+        torn, done = _ranks_killed(config, settings, kills, records, ranks)
     snapshot = newest(settings)
     assert snapshot is not None
     torn += sum(bool(verdict.faults) for verdict in verify(open_store(settings.store)))
@@ -115,9 +117,8 @@ def _killed(config: Path, settings: Settings, kills: int, records: int) -> tuple
     return torn, len(marks)
 
 
-def _ranks_killed(config: Path, kills: int, records: int, ranks: int) -> tuple[int, int]:
+def _ranks_killed(config: Path, settings: Settings, kills: int, records: int, ranks: int) -> tuple[int, int]:
     """The same to one rank at a time of a job that torchrun starts again."""
-    settings = load(config)
     random_ = random.Random(kills)
     marks = sorted(random_.uniform(0, 0.97) * records for _ in range(kills))
     torn = 0
