@@ -26,6 +26,7 @@ from trainer.losses.candidates import all_finite, candidate_labels, drop_masked,
 from trainer.losses.dense_softmax import SoftmaxMoments, dense_moments, wide
 from trainer.losses.gauss_transform import LOG_WEIGHT_RANGE, near_linear_moments
 from trainer.losses.rows import Reduction, as_rows, finite_rows, reduce_rows
+from trainer.losses.sigma_gradient import SigmaGradient, follows_moments, moment_gap, weighted_variance
 
 # Far below any noise, far above where sigma squared leaves float32.
 SMALLEST_SIGMA = 1e-12
@@ -47,6 +48,7 @@ def bmc_loss(
     memory_log_weights: Tensor | None = None,
     gather: bool = True,
     reduction: Reduction = "mean",
+    sigma_gradient: SigmaGradient = "likelihood",
 ) -> Tensor:
     """Balanced MSE (BMC): each row's own label against the labels of the batch and of a memory.
 
@@ -61,17 +63,20 @@ def bmc_loss(
         memory_log_weights: (M,) log of each candidate's weight beside the batch's log 1 = 0; -inf = masked out.
         gather: whether labels of other ranks are candidates too, where there are any; False where `memory` has them.
         reduction: `mean` over the finite rows, `sum`, or `none` for (B,).
+        sigma_gradient: What a learned sigma follows: the `likelihood`, which is the derivative as published, or
+            `moments`, which has the same root, gets there sooner and never runs away; see
+            `trainer.losses.sigma_gradient`.
 
     Returns:
         The loss in squared label units, 0-dim or (B,); float64 if `pred` is, else float32.
 
     Raises:
-        ValueError: Shapes that do not belong together, or an unknown reduction.
+        ValueError: Shapes that do not belong together, or an unknown reduction or gradient.
     """
     pred, target = as_rows(pred, target)
     sigma = usable_sigma(noise_sigma, pred.device)
     labels, log_weights = candidate_labels(target, memory, memory_log_weights, gather=gather)
-    return loss_against(pred, target, sigma, labels, log_weights, reduction)
+    return loss_against(pred, target, sigma, labels, log_weights, reduction, sigma_gradient)
 
 
 def usable_sigma(noise_sigma: Tensor | float, device: torch.device) -> Tensor:
@@ -96,6 +101,7 @@ def loss_against(
     labels: Tensor,
     log_weights: Tensor | None,
     reduction: Reduction = "mean",
+    sigma_gradient: SigmaGradient = "likelihood",
 ) -> Tensor:
     """Balanced MSE against candidates as given, whether or not the own labels are among them.
 
@@ -106,13 +112,16 @@ def loss_against(
         labels: (N,) or (N, D) candidates.
         log_weights: (N,), -inf = masked out; or None for 0.
         reduction: `mean` over the finite rows, `sum`, or `none` for (B,).
+        sigma_gradient: See `bmc_loss`.
     """
+    by_moments = follows_moments(sigma_gradient)
     # Only a CPU may look at the numbers, and then spares the common case all masking.
     if pred.device.type == "cpu":
         labels, log_weights = drop_masked(labels, log_weights)
         if log_weights is None and all_finite(pred, target, labels):
             average = reduction == "mean"
-            loss: Tensor = _BalancedMSE.apply(pred, noise_sigma, target, labels, None, True, average)  # type: ignore[no-untyped-call]
+            given = pred, noise_sigma, target, labels, None
+            loss: Tensor = _BalancedMSE.apply(*given, True, average, by_moments, None)  # type: ignore[no-untyped-call]
             return loss if average else reduce_rows(loss, torch.ones_like(loss, dtype=torch.bool), reduction)
     peak_is_zero = log_weights is None
     labels, log_weights = mask_candidates(labels, log_weights)
@@ -120,7 +129,8 @@ def loss_against(
     # A row left out is moved onto a candidate, where all computed for it is finite; its results are then dropped.
     keep_values = keep if pred.dim() == 1 else keep[:, None]
     pred, target = (torch.where(keep_values, values, labels[0]) for values in (pred, target))
-    loss = _BalancedMSE.apply(pred, noise_sigma, target, labels, log_weights, peak_is_zero, False)  # type: ignore[no-untyped-call]
+    masked = pred, noise_sigma, target, labels, log_weights
+    loss = _BalancedMSE.apply(*masked, peak_is_zero, False, by_moments, keep)  # type: ignore[no-untyped-call]
     return reduce_rows(torch.where(keep, loss, 0), keep, reduction)
 
 
@@ -132,13 +142,16 @@ class BMCLoss(nn.Module):
 
     Attributes:
         noise_sigma: 0-dim parameter, the noise's standard deviation in the unit of the labels.
+        sigma_gradient: what it follows; see `bmc_loss`.
         nonfinite_rows: 0-dim int64 buffer, how many rows were left out because a value was not finite.
     """
 
     nonfinite_rows: Tensor
 
-    def __init__(self, init_noise_sigma: float = 1.0) -> None:
+    def __init__(self, init_noise_sigma: float = 1.0, sigma_gradient: SigmaGradient = "likelihood") -> None:
         super().__init__()
+        follows_moments(sigma_gradient)
+        self.sigma_gradient = sigma_gradient
         self.noise_sigma = nn.Parameter(torch.tensor(float(init_noise_sigma)))
         self.register_buffer("nonfinite_rows", torch.zeros((), dtype=torch.int64))
 
@@ -151,7 +164,14 @@ class BMCLoss(nn.Module):
     ) -> Tensor:
         """Average loss of the batch, 0-dim, in squared label units: `bmc_loss` with this module's sigma."""
         self.nonfinite_rows += (~finite_rows(pred.detach(), target)).sum()
-        return bmc_loss(pred, target, self.noise_sigma, memory=memory, memory_log_weights=memory_log_weights)
+        return bmc_loss(
+            pred,
+            target,
+            self.noise_sigma,
+            memory=memory,
+            memory_log_weights=memory_log_weights,
+            sigma_gradient=self.sigma_gradient,
+        )
 
 
 class _BalancedMSE(torch.autograd.Function):
@@ -167,6 +187,8 @@ class _BalancedMSE(torch.autograd.Function):
         log_weights: Tensor | None,
         peak_is_zero: bool,
         average: bool,
+        by_moments: bool,
+        keep: Tensor | None,
     ) -> Tensor:
         value = float(sigma) if pred.device.type == "cpu" else sigma
         if _near_linear_pays(pred, labels, log_weights):
@@ -186,16 +208,21 @@ class _BalancedMSE(torch.autograd.Function):
             if narrow and pred.device.type == "cpu" and _sigma_cancels(own_excess, moments):
                 moments = dense_moments(wide(pred), wide(labels), log_weights, value**2, **settings)
                 own_shift, own_excess = _own_terms(target, moments)
+        error = moments.mean_shift - own_shift
         if pred.dim() == 2:
             own_excess = own_excess.sum(1)
         loss = own_excess + moments.log_sum * (2 * value**2)
         share = 1 / len(pred) if average else 1.0
-        pred_grad = (moments.mean_shift - own_shift).mul_(2 * share)
         sigma_grad = None
         if ctx.needs_input_grad[1] and moments.mean_excess is not None:
-            sigma_grad = (moments.mean_excess - own_excess).mul_(2 * share / value)
+            if by_moments:
+                square = error.square() if pred.dim() == 1 else error.square().sum(1)
+                gap = moment_gap(_spread(pred, moments), square, weighted_variance(labels, log_weights), keep)
+            else:
+                gap = moments.mean_excess - own_excess
+            sigma_grad = gap.mul_(2 * share / value)
             sigma_grad = sigma_grad.sum() if average else sigma_grad  # rows cancel in their sum: not yet rounded
-        ctx.save_for_backward(pred_grad.to(pred.dtype), sigma_grad)
+        ctx.save_for_backward(error.mul_(2 * share).to(pred.dtype), sigma_grad)
         return (loss.mean() if average else loss).to(pred.dtype)
 
     @staticmethod
@@ -204,7 +231,7 @@ class _BalancedMSE(torch.autograd.Function):
         pred_grad, sigma_grad = ctx.saved_tensors
         grad_pred = (grad[:, None] if pred_grad.dim() > 1 and grad.dim() else grad) * pred_grad
         grad_sigma = None if sigma_grad is None else (grad * sigma_grad).sum().to(pred_grad.dtype)
-        return grad_pred, grad_sigma, *[None] * 5
+        return grad_pred, grad_sigma, *[None] * 7
 
 
 def _own_terms(target: Tensor, moments: SoftmaxMoments) -> tuple[Tensor, Tensor]:
@@ -212,6 +239,14 @@ def _own_terms(target: Tensor, moments: SoftmaxMoments) -> tuple[Tensor, Tensor]
     target = wide(target)
     own_shift = target - moments.reference
     return own_shift, (target + moments.mirror).add_(moments.mirror_rest).mul_(own_shift)
+
+
+def _spread(pred: Tensor, moments: SoftmaxMoments) -> Tensor:
+    """(B,) variance of the candidates, summed over dimensions, under each row's softmax: E[|t|^2] - |E[t]|^2."""
+    assert moments.mean_excess is not None
+    shift = moments.mean_shift
+    other = (2 * (moments.reference - pred) + shift) * shift
+    return (moments.mean_excess - (other if pred.dim() == 1 else other.sum(1))).clamp(min=0)
 
 
 def _sigma_cancels(own_excess: Tensor, moments: SoftmaxMoments) -> bool:

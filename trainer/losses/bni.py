@@ -11,6 +11,7 @@ from torch import Tensor
 from trainer.losses.bmc import loss_against, usable_sigma
 from trainer.losses.label_histogram import LabelHistogram
 from trainer.losses.rows import Reduction, as_rows
+from trainer.losses.sigma_gradient import SigmaGradient
 
 
 def bni_loss(
@@ -20,6 +21,7 @@ def bni_loss(
     labels: LabelHistogram,
     *,
     reduction: Reduction = "mean",
+    sigma_gradient: SigmaGradient = "likelihood",
 ) -> Tensor:
     """Balanced MSE against a histogram of all labels. Bins should be no wider than sigma.
 
@@ -29,16 +31,18 @@ def bni_loss(
         noise_sigma: 0-dim, the noise's standard deviation in label units; its sign is ignored.
         labels: The histogram, which has observed labels in the same unit, this batch's among them.
         reduction: `mean` over the finite rows, `sum`, or `none` for (B,).
+        sigma_gradient: What a learned sigma follows; see `trainer.losses.sigma_gradient`.
 
     Returns:
         0-dim or (B,), in squared label units.
 
     Raises:
-        ValueError: Shapes that do not belong together, labels of several dimensions, or an unknown reduction.
+        ValueError: Shapes that do not belong together, labels of several dimensions, or an unknown reduction or
+            gradient.
     """
     pred, target = as_rows(pred, target)
     if pred.dim() != 1:
         raise ValueError(f"BNI is for one label a row, not {tuple(target.shape)}")
     sigma = usable_sigma(noise_sigma, pred.device)
     centres, log_weights = labels.centres().to(pred.dtype), labels.log_weights().to(pred.dtype)
-    return loss_against(pred, target, sigma, centres, log_weights, reduction)
+    return loss_against(pred, target, sigma, centres, log_weights, reduction, sigma_gradient)

@@ -41,6 +41,16 @@ def bmc(make: Make, device: str) -> Tensor:
     return bmc_loss(make(ROWS), make(ROWS), noise.value(), memory=make(MEMORY), memory_log_weights=make(MEMORY))
 
 
+def bmc_by_moments(make: Make, device: str) -> Tensor:
+    return bmc_loss(make(ROWS), make(ROWS), make(), memory=make(MEMORY), sigma_gradient="moments")
+
+
+def gai_by_moments(make: Make, device: str) -> Tensor:
+    mixture = LabelMixture(COMPONENTS).to(device)
+    mixture.observe(make(ROWS))
+    return gai_loss(make(ROWS), make(ROWS), make(), mixture, sigma_gradient="moments")
+
+
 def bmc_without_memory(make: Make, device: str) -> Tensor:
     return BMCLoss(8.0).to(device)(make(ROWS, 1), make(ROWS))
 
@@ -115,11 +125,13 @@ def influence(make: Make, device: str) -> Tensor:
 
 CASES = [
     bmc,
+    bmc_by_moments,
     bmc_without_memory,
     bmc_two_dimensions,
     density_bmc,
     density_nll,
     gai,
+    gai_by_moments,
     bni,
     reweighted,
     classes,
