@@ -33,7 +33,7 @@ from trainer.losses import (
 from trainer.model import averaged_state, load_averaged, unprefixed
 from trainer.prequential import BALANCES
 from trainer.schema import FeatureSchema
-from trainer.task import FORGETTING, Noise, Predicted, Tested
+from trainer.task import FORGETTING, Compared, Noise, Predicted, Tested
 
 CALIBRATED: Final = ("focal", "influence_balanced")  # losses of which theory does not say what their logits carry
 HEALTHY_RATIO: Final = 1.05  # largest share of wrong answers beside that of always answering the majority
@@ -182,9 +182,9 @@ class Classification:
         return ClassPriors(log_stream, log_learned, scale, counts > 0)
 
     @property
-    def compares_labels(self) -> bool:
-        """No: classes are counted."""
-        return False
+    def compared(self) -> Compared:
+        """None: classes are counted."""
+        return "none"
 
     def running(self) -> list[Tensor]:
         """What tells the phases of the influence-balanced loss."""

@@ -11,6 +11,7 @@ import typer
 
 from trainer.command import ConfigFile, explained, say
 from trainer.errors import ConfigError
+from trainer.memory import keep_freed
 
 if TYPE_CHECKING:
     from trainer.batching import Batch
@@ -168,6 +169,7 @@ def _run_all(
     from trainer.process import choose_device
 
     torch.set_num_threads(settings.threads)
+    keep_freed()
     runs: list[dict[str, Any]] = []
     answers: dict[str, Answers | ClassAnswers] = {}
     run_task = run_classes if settings.task == "classification" else run

@@ -261,12 +261,15 @@ class Learner:
     def _labels_of_others(
         self, steps: Sequence[NDArray[np.int64]], memories: Sequence[NDArray[np.int64]]
     ) -> list[Tensor] | None:
-        """Labels that the other ranks bring to each step, of their rows and memories: (M,), of `Task.targets`."""
-        if self._ranks.alone or not self.task.compares_labels:
+        """Labels (M,) of `Task.targets` that the other ranks bring to each step: what `Task.compared` asks for."""
+        if self._ranks.alone or self.task.compared == "none":
             return None
-        index = np.full((1, len(steps), self._settings.step_rows + self._settings.label_memory), -1)
-        for number, both in enumerate(zip(steps, memories, strict=True)):
-            own = np.concatenate(both)
+        brought = [np.concatenate(both) for both in zip(steps, memories, strict=True)]
+        most = self._settings.step_rows + self._settings.label_memory
+        if self.task.compared == "memory":
+            brought, most = list(memories), self._settings.label_memory // self._ranks.count
+        index = np.full((1, len(steps), most), -1)
+        for number, own in enumerate(brought):
             index[0, number, : len(own)] = own
         slots = torch.from_numpy(index).to(self._device)
         labels = torch.where(slots < 0, torch.nan, self.replay.label[slots.clamp(min=0)])

@@ -175,6 +175,10 @@ class TabularBody(nn.Module):
         self.layers = nn.Sequential()
         for width_in, width_out in itertools.pairwise(widths):
             self.layers.extend([nn.Linear(width_in, width_out), nn.ReLU()])
+        # A feature that was never missing has taught its mark nothing: without it a row is one with its mean.
+        first, marks = cast("nn.Linear", self.layers[0]), schema.numeric_width // 2
+        with torch.no_grad():
+            first.weight[:, marks : 2 * marks].zero_()
         self.out_features = hidden[-1]
 
     def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:

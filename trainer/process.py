@@ -25,6 +25,7 @@ from trainer.kafka_client import Producer, create_topic
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.losses import kernel
+from trainer.memory import keep_freed
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import BatchSource, ThreadedSource
 from trainer.ranks import joined, local_rank
@@ -47,6 +48,7 @@ def run(settings: Settings) -> None:
         TailstreamError: it cannot start, or cannot go on.
     """
     torch.set_num_threads(settings.threads)
+    keep_freed()
     schema = FeatureSchema.of(settings)
     store = open_store(settings.store)
     metrics = TrainerMetrics()

@@ -30,7 +30,7 @@ from trainer.model import Model, averaged_state, build_model, inference_state, l
 from trainer.predictive import GridDensity
 from trainer.prequential import BALANCES, MEDIAN, PrequentialMetrics
 from trainer.schema import FeatureSchema
-from trainer.task import FORGETTING, Noise, Predicted, Tested
+from trainer.task import FORGETTING, Compared, Noise, Predicted, Tested
 
 INTERVAL: Final = 0.9
 GRID_EVERY: Final = 4  # batches between refreshes of the label density that answers are made with, once it is settled
@@ -226,9 +226,11 @@ class Regression:
                 return PLAIN_LOSSES[name](mixture.location, target)
 
     @property
-    def compares_labels(self) -> bool:
-        """Whether the loss is a sum over labels."""
-        return self._loss == "bmc"
+    def compared(self) -> Compared:
+        """A sum over labels is as good over a sample of them, where it knows how many each stands for."""
+        if self._loss != "bmc":
+            return "none"
+        return "memory" if isinstance(self.model.head, MixtureHead) else "all"
 
     def running(self) -> list[Tensor]:
         """None: what losses need is observed, not computed by them."""

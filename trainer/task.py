@@ -5,7 +5,7 @@ owns the networks and all that depends on what a label is: its statistics, the l
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from trainer.batching import Batch
 
+# Labels that a loss is computed from beside a row's own: those of all rows of the step, and of a memory; those of its
+# own rank's rows, and of a memory of which each counts as many times as it stands for; or none.
+Compared = Literal["all", "memory", "none"]
 FORGETTING: Final = 8.0  # times as fast is what is known of the labels forgotten after a drift, where that is asked for
 
 
@@ -117,8 +120,8 @@ class Task(Protocol):
         """
 
     @property
-    def compares_labels(self) -> bool:
-        """Whether the loss uses `memory`."""
+    def compared(self) -> Compared:
+        """What the other ranks bring to `memory` in `loss`: labels of their rows too, of memories alone, or none."""
 
     def running(self) -> list[Tensor]:
         """Running means that `loss` keeps: each rank has its own, to be averaged in place."""

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -365,3 +366,17 @@ def test_the_balanced_loss_learns_the_rare_labels(features: dict[str, str] | Non
     else:
         assert balanced["balanced_mae"] < 0.5 * found["bmc"]["median"]["balanced_mae"]
         assert natural["mae"] < 0.5 * found["bmc"]["median"]["mae"]
+
+
+def test_a_feature_that_was_never_missing_is_answered_as_its_mean_and_one_that_was_is_learned() -> None:
+    given = make_settings()
+    batches = make_batches(given, ROWS)
+    complete = [replace(batch, numeric=np.nan_to_num(batch.numeric, nan=20.0)) for batch in batches]
+    for taught, same in ((complete, True), (batches, False)):
+        model = trained(given, taught).task.model
+        model.eval()
+        numeric, categorical = (torch.from_numpy(part) for part in (taught[-1].numeric, taught[-1].categorical))
+        absent, mean = numeric.clone(), numeric.clone()
+        absent[:, 1], mean[:, 1] = torch.nan, float(model.features.mean[1])
+        answers = [model(columns, categorical).location for columns in (absent, mean)]
+        assert torch.allclose(*answers, atol=1e-5) == same
