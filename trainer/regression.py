@@ -14,6 +14,7 @@ from trainer.config import Settings
 from trainer.heads import MixtureHead
 from trainer.label_density import WINDOW_LABELS, LabelDensity, LabelGrid
 from trainer.losses import (
+    LOCATION_WEIGHT,
     LabelHistogram,
     LabelMixture,
     Mixture,
@@ -37,6 +38,8 @@ GRID_EVERY: Final = 4  # batches between refreshes of the label density that ans
 GRID_SETTLED: Final = 24  # batches
 TRIED_EVERY: Final = 4  # of so many rows one is predicted by the weights that do not answer, to compare the two
 SCORE_FLOOR: Final = -20.0  # natural logs per label standard deviation; one surprise must not decide for long
+EARLY_ROWS: Final = 1024  # up to which the location's squared error counts more than later, the fewer the more
+EARLY_TIMES: Final = 8.0  # as much, at most
 HEALTHY_RATIO: Final = 1.05  # largest error beside that of the running median
 HEALTHY_SDS: Final = 1e-3  # of the noise, added to that: where all labels are equal the median is never wrong
 PLAIN_LOSSES: Final = {"mse": mse_loss, "l1": l1_loss, "huber": huber_loss}
@@ -211,6 +214,7 @@ class Regression:
                     memory=memory,
                     memory_weight=memory_weight,
                     memory_variances=variances,
+                    location_weight=self._location_weight,
                     gather=False,
                 )
             label = self.model.labels.restore(target)
@@ -224,6 +228,12 @@ class Regression:
                 return bni_loss(mixture.location, target, head.sigma(), cast("LabelHistogram", self.labels))
             case _:
                 return PLAIN_LOSSES[name](mixture.location, target)
+
+    @property
+    def _location_weight(self) -> float:
+        """Of the location's squared error beside BMC: what a mixture has learned first, it explains the labels from."""
+        early = EARLY_ROWS / max(1, int(self.density.seen))
+        return LOCATION_WEIGHT * min(max(1.0, early), EARLY_TIMES)
 
     @property
     def compared(self) -> Compared:

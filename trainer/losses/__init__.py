@@ -12,7 +12,7 @@ from trainer.losses.classification import (
     focal_loss,
     logit_adjusted_loss,
 )
-from trainer.losses.density import density_bmc_loss, density_nll_loss
+from trainer.losses.density import LOCATION_WEIGHT, density_bmc_loss, density_nll_loss
 from trainer.losses.gai import gai_loss
 from trainer.losses.influence_balanced import IBLoss, StreamIBLoss, influence_balanced_loss
 from trainer.losses.inverse_density import InverseDensityWeights
@@ -25,6 +25,7 @@ from trainer.losses.registry import LOSSES, LossEntry, loss_named
 from trainer.losses.rows import finite_rows
 
 __all__ = [
+    "LOCATION_WEIGHT",
     "LOSSES",
     "BMCLoss",
     "ClassCounts",
