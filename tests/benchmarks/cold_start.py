@@ -76,8 +76,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = []
-    print(f"{'stream':<11} {'rows':<16} {'seed':>4} {'ours':>7} {'MSE':>7} {'ratio':>6}")
+    runs: list[dict[str, Any]] = []
+    print(f"{'stream':<11} {'rows':<18} {'seed':>4} {'ours':>7} {'MSE':>7} {'ratio':>6}")
     for stream in STREAMS:
         for seed in range(arguments.seeds):
             ours, plain = errors(stream, "bmc", seed), errors(stream, "mse", seed)
@@ -90,8 +90,12 @@ def main() -> None:
                 mine, theirs = float(a.mean()), float(b.mean())
                 runs.append({"stream": stream, "seed": seed, "rows": part, "ours": mine, "mse": theirs})
                 print(
-                    f"{stream:<11} {part:<16} {seed:>4} {mine:>7.2f} {theirs:>7.2f} {mine / theirs:>6.2f}", flush=True
+                    f"{stream:<11} {part:<18} {seed:>4} {mine:>7.2f} {theirs:>7.2f} {mine / theirs:>6.2f}", flush=True
                 )
+    for stream, part in dict.fromkeys((each["stream"], each["rows"]) for each in runs):
+        of = [each for each in runs if (each["stream"], each["rows"]) == (stream, part)]
+        mine, theirs = (float(np.mean([each[name] for each in of])) for name in ("ours", "mse"))
+        print(f"{stream:<11} {part:<18} mean {mine:>7.2f} {theirs:>7.2f} {mine / theirs:>6.2f}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"runs": runs}, indent=2) + "\n")
 
