@@ -225,6 +225,8 @@ class _KnownGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *by_components, by_location = ctx.saved_tensors
+        if grad.is_cpu and not grad.dim() and float(grad) == 1.0:  # of a loss that is not part of another
+            return *by_components, by_location, None, None
         column = grad[:, None] if grad.dim() else grad
         return (*(column * part for part in by_components), grad * by_location, None, None)
 

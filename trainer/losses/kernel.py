@@ -89,8 +89,8 @@ def mixture_rows(
     """
     assert _library is not None
     given = [None if t is None else t.contiguous() for t in (target, labels, variances, scales, weights)]
-    parts = [t.detach().contiguous() for t in (log_weights, means, log_scales, location)]
-    outputs = torch.empty_like(parts[3]), parts[3].new_empty(()), *(torch.empty_like(part) for part in parts)
+    parts = [t if t.is_contiguous() else t.detach().contiguous() for t in (log_weights, means, log_scales, location)]
+    outputs = torch.empty_like(target), target.new_empty(()), *(torch.empty_like(part) for part in parts)
     finite = _library.mixture_losses(
         *means.shape,
         0 if labels is None else len(labels),
