@@ -264,10 +264,10 @@ class Learner:
         """Labels (M,) of `Task.targets` that the other ranks bring to each step: what `Task.compared` asks for."""
         if self._ranks.alone or self.task.compared == "none":
             return None
-        brought = [np.concatenate(both) for both in zip(steps, memories, strict=True)]
-        most = self._settings.step_rows + self._settings.label_memory
-        if self.task.compared == "memory":
-            brought, most = list(memories), self._settings.label_memory // self._ranks.count
+        brought, most = memories, self._settings.label_memory // self._ranks.count
+        if self.task.compared == "all":
+            brought = [np.concatenate(both) for both in zip(steps, memories, strict=True)]
+            most += self._settings.step_rows
         index = np.full((1, len(steps), most), -1)
         for number, own in enumerate(brought):
             index[0, number, : len(own)] = own

@@ -122,8 +122,9 @@ def gai_gradients(
     by_width = (share * (gap.square() / width - 1) / width).sum(2, keepdim=True)
     sigma = v.sqrt()
     by_sigma = 2 * v * (1 / sigma - (pred - target).square() / sigma**3 + sigma * by_width)
-    posterior, centre = (share * (means * v + pred * variances) / width).sum(2), (log_weights.exp() * means).sum(2)
-    second = (share * (variances * v / width + ((means * v + pred * variances) / width).square())).sum(2)
+    means_given = (means * v + pred * variances) / width
+    posterior, centre = (share * means_given).sum(2), (log_weights.exp() * means).sum(2)
+    second = (share * (variances * v / width + means_given.square())).sum(2)
     most = (log_weights.exp() * (variances + means.square())).sum(2) - centre.square()
     by_moments = _moment_gap(second - posterior.square(), (posterior - target[..., 0]).square(), most[:, 0])
     return by_pred, torch.stack([by_sigma.mean((1, 2)), 2 * by_moments / sigma[:, 0, 0]], 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tests.trainer.losses.test_bmc import choose_near_linear, make_case
 from trainer.losses import BMCLoss, LabelHistogram, LabelMixture, bmc_loss, bni_loss, gai_loss
+from trainer.losses.sigma_gradient import SigmaGradient
 
 Loss = Callable[..., Tensor]
 
@@ -66,8 +68,7 @@ def test_bni_by_moments_is_its_formula() -> None:
     target = torch.randn(60, generator=generator)
     pred = target + 0.3 * torch.randn(60, generator=generator)
     right = exact_moments(pred, target, 0.4, histogram.centres(), histogram.log_weights())
-    loss = lambda sigma, **given: bni_loss(pred, target, sigma, histogram, **given)  # noqa: E731
-    assert by_sigma(loss, 0.4) == pytest.approx(right, rel=1e-4)
+    assert by_sigma(partial(bni_loss, pred, target, labels=histogram), 0.4) == pytest.approx(right, rel=1e-4)
 
 
 @pytest.mark.parametrize("sigma", [0.4, 2.0])
@@ -80,8 +81,7 @@ def test_gai_by_moments_is_that_of_a_fine_grid_of_its_density(sigma: float) -> N
     pred = target + 0.3 * torch.randn(60, generator=generator)
     grid = torch.linspace(-15, 40, 20_001)
     right = exact_moments(pred, target, sigma, grid, mixture.log_density(grid))
-    loss = lambda value, **given: gai_loss(pred, target, value, mixture, **given)  # noqa: E731
-    assert by_sigma(loss, sigma) == pytest.approx(right, rel=1e-3)
+    assert by_sigma(partial(gai_loss, pred, target, labels=mixture), sigma) == pytest.approx(right, rel=1e-3)
 
 
 def test_losses_and_the_gradients_of_predictions_are_the_same_either_way() -> None:
@@ -111,7 +111,7 @@ def test_rows_that_are_not_finite_have_no_part_in_it(bad: float) -> None:
     pred = pred - 3 * sd  # so that the squared error is more than is counted
     right = [
         by_sigma(partial(bmc_loss, pred[4:], target[4:], memory=memory), sd),
-        by_sigma(lambda value, **given: gai_loss(pred[4:], target[4:], value, mixture, **given), sd),
+        by_sigma(partial(gai_loss, pred[4:], target[4:], labels=mixture), sd),
     ]
     broken, labels = pred.clone(), target.clone()
     broken[0], labels[1:4] = bad, bad
@@ -119,7 +119,7 @@ def test_rows_that_are_not_finite_have_no_part_in_it(bad: float) -> None:
     found = [
         # Row 0 keeps its label, which stays a candidate.
         by_sigma(partial(bmc_loss, broken[1:], labels[1:], memory=memory), sd),
-        by_sigma(lambda value, **given: gai_loss(broken, labels, value, mixture, **given), sd),
+        by_sigma(partial(gai_loss, broken, labels, labels=mixture), sd),
     ]
     assert found == pytest.approx(right, rel=1e-4)
 
@@ -158,12 +158,12 @@ def test_predictions_that_know_nothing_do_not_drive_sigma_away() -> None:
 def test_the_module_passes_it_on() -> None:
     pred, target, _, sd = make_case("normal", 40, 0, seed=6)
     slopes = []
-    for kind in ("likelihood", "moments"):
-        criterion = BMCLoss(sd, sigma_gradient=kind)  # type: ignore[arg-type]
+    for kind in get_args(SigmaGradient):
+        criterion = BMCLoss(sd, sigma_gradient=kind)
         criterion(pred, target).backward()
         assert criterion.noise_sigma.grad is not None
         slopes.append(float(criterion.noise_sigma.grad))
-    assert slopes == [by_sigma(partial(bmc_loss, pred, target), sd, kind) for kind in ("likelihood", "moments")]
+    assert slopes == [by_sigma(partial(bmc_loss, pred, target), sd, kind) for kind in get_args(SigmaGradient)]
     assert slopes[0] != slopes[1]
 
 
