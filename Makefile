@@ -56,8 +56,8 @@ format: install ## Format the code
 
 bench: bench-bmc bench-synthetic bench-serve ## Run the benchmarks
 
-bench-bmc: install ## Time, memory and error of the BMC loss (JSON=FILE)
-	$(bin)/python -m tests.benchmarks.bmc $(json)
+bench-bmc: install ## Time, memory and error of the BMC loss (JSON=FILE ARGS="--device cuda")
+	$(bin)/python -m tests.benchmarks.bmc $(json) $(ARGS)
 
 bench-serve: install ## POST /predict beside an echo, under overload, training and swaps (JSON=FILE PARTS=a,b); needs wrk
 	$(bin)/python -m tests.benchmarks.serve $(if $(PARTS),--parts "$(PARTS)") $(json)

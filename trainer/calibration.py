@@ -56,7 +56,7 @@ class LevelCalibration(nn.Module):
             balance: 0 for the stream's own label prior, 1 for all labels alike.
         """
         tail = (1 - interval) / 2
-        nominal = self.counts.new_tensor([tail, 1 - tail])
+        nominal = torch.cat([self.counts.new_full((1,), level) for level in (tail, 1 - tail)])  # no copy from the host
         cumulative = (self.counts + self._uniform).cumsum(0)
         wanted = nominal * cumulative[-1]
         bins = torch.searchsorted(cumulative, wanted).clamp_max_(BINS - 1)

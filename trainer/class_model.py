@@ -45,7 +45,7 @@ class ClassHead(nn.Module):
         for number in range(len(self.bias), classes):
             random.manual_seed(number)
             fresh = torch.randn(1, width, generator=random) * (FIRST_LENGTH / width**0.5)
-            weights.append(fresh.to(self.weight.device))
+            weights.append(fresh.to(self.weight.device, non_blocking=True))
         self.weight = nn.Parameter(torch.cat(weights))
         self.bias = nn.Parameter(torch.cat([self.bias.detach(), self.bias.new_zeros(more)]))
 

@@ -80,8 +80,10 @@ class LabelGrid:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the grid on another device."""
-        return type(self)(**{name: tensor.to(device) for name, tensor in self.to_tensors().items()})
+        """Return the grid on another device, which is not waited for."""
+        aside = torch.device(device).type != "cpu"
+        moved = {name: tensor.to(device, non_blocking=aside) for name, tensor in self.to_tensors().items()}
+        return type(self)(**moved)
 
     def __len__(self) -> int:
         return len(self.log_density)

@@ -397,11 +397,12 @@ def _mixture_masses(log_heights: Tensor, means: Tensor, inverses: Tensor, centre
     One component at a time in one buffer: a tile stays in cache, and only exp costs more than a pass over it.
     """
     mass = torch.empty(len(means), len(centres), device=means.device)
-    term = torch.empty_like(mass[:_TILE_ROWS])
-    for start in range(0, len(means), _TILE_ROWS):
-        out = mass[start : start + _TILE_ROWS]
+    rows = _TILE_ROWS if mass.device.type == "cpu" else max(1, len(means))
+    term = torch.empty_like(mass[:rows])
+    for start in range(0, len(means), rows):
+        out = mass[start : start + rows]
         tile = term[: len(out)]
-        columns = torch.stack([log_heights, means, inverses])[:, start : start + _TILE_ROWS].permute(2, 0, 1)
+        columns = torch.stack([log_heights, means, inverses])[:, start : start + rows].permute(2, 0, 1)
         for k, (log_height, mean, inverse) in enumerate(columns.unsqueeze(3).unbind(0)):
             torch.sub(centres, mean, out=tile)
             tile.mul_(inverse)

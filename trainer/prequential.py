@@ -133,7 +133,7 @@ class PrequentialMetrics:
             old = self.origin + (np.arange(CELLS) + 0.5) * self.width
             index = np.floor((old - origin) / width).astype(np.int64).clip(0, CELLS - 1)
             moved = torch.zeros_like(self.sums)
-            self.sums = moved.index_add_(2, torch.from_numpy(index).to(self.sums.device), self.sums)
+            self.sums = moved.index_add_(2, torch.from_numpy(index).to(self.sums.device, non_blocking=True), self.sums)
         self.origin, self.width = origin, width
 
     def state_dict(self) -> dict[str, Tensor]:

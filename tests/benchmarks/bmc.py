@@ -1,10 +1,11 @@
 """Time, memory and accuracy of Balanced MSE beside the naive form, side by side: python -m tests.benchmarks.bmc
 
-Forward and backward, medians of alternating runs on one thread; 64 x 576 is a training step with its label memory. What
-is quick runs several times in a row, as in training: right after the naive form, whose matrices fill the caches, it
-would find neither its data nor its code there. Naive is the paper's code: the B x M matrix, a softmax over it,
-autograd. Errors are those of ours in float32 against float64 over 256 rows, |a - b| / (|b| + median |b|). Labels are
-lognormal; 1% of the predictions and of the labels lie 30 standard deviations off.
+Forward and backward, medians of alternating runs on one thread, or with `--device cuda` on a CUDA device; 64 x 576 is a
+training step with its label memory. What is quick runs several times in a row, as in training: right after the naive
+form, whose matrices fill the caches, it would find neither its data nor its code there. Naive is the paper's code: the
+B x M matrix, a softmax over it, autograd. Errors are those of ours in float32 against float64 over 256 rows,
+|a - b| / (|b| + median |b|). Labels are lognormal; 1% of the predictions and of the labels lie 30 standard deviations
+off.
 """
 
 import argparse
@@ -37,14 +38,16 @@ def naive(pred: Tensor, target: Tensor, sigma: Tensor, memory: Tensor | None) ->
     labels = target if memory is None else torch.cat([target, memory])
     variance = sigma**2
     logits = -(pred[:, None] - labels[None]).pow(2) / (2 * variance)
-    return F.cross_entropy(logits, torch.arange(len(pred))) * (2 * variance).detach()
+    return F.cross_entropy(logits, torch.arange(len(pred), device=pred.device)) * (2 * variance).detach()
 
 
 def ours(pred: Tensor, target: Tensor, sigma: Tensor, memory: Tensor | None) -> Tensor:
     return bmc_loss(pred, target, sigma, memory=memory)
 
 
-def make_case(batch: int, labels: int, sigma_over_sd: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def make_case(
+    batch: int, labels: int, sigma_over_sd: float, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Predictions and labels (batch,), sigma, and a memory that makes the candidates `labels` in all."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(labels, generator=generator).exp()
@@ -53,7 +56,8 @@ def make_case(batch: int, labels: int, sigma_over_sd: float) -> tuple[Tensor, Te
     pred = target + 0.5 * sd * torch.randn(batch, generator=generator)
     pred[5::100] += 30 * sd
     target[7::100] += 30 * sd
-    return pred, target, sigma_over_sd * sd, memory if len(memory) else None
+    pred, target, sigma, memory = (part.to(device) for part in (pred, target, sigma_over_sd * sd, memory))
+    return pred, target, sigma, memory if len(memory) else None
 
 
 def step(loss: Loss, case: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None:
@@ -62,10 +66,12 @@ def step(loss: Loss, case: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> None
 
 
 def timed_s(run: Callable[[], None], times: int = 1) -> float:
-    """Mean of a few runs in a row."""
+    """Mean of a few runs in a row, until the device is done with them."""
     start = time.perf_counter()
     for _ in range(times):
         run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / times
 
 
@@ -88,7 +94,12 @@ def median_s(runs: dict[str, Callable[[], None]], budget_s: float = 2.0) -> dict
 
 
 def peak_bytes(loss: Loss, case: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> int:
-    """What one step adds to the resident memory of a fresh process, at its peak."""
+    """What one step adds to the resident memory of a fresh process, at its peak; on CUDA, to the device's."""
+    if case[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(loss, case)
+        return torch.cuda.max_memory_allocated() - before
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -109,11 +120,11 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 def errors(case: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[float, float, float]:
     """Of loss, prediction gradient and sigma gradient, over some of the rows; each row still has all candidates."""
     pred, target, sigma, memory = case
-    rows = torch.linspace(0, len(pred) - 1, min(ERROR_ROWS, len(pred))).long()
+    rows = torch.linspace(0, len(pred) - 1, min(ERROR_ROWS, len(pred))).long().to(pred.device)
     p, s = pred.detach().requires_grad_(), sigma.detach().requires_grad_()
     loss = bmc_loss(p, target, s, memory=memory, reduction="none")[rows].mean()
     loss.backward()
-    others = torch.ones(len(target), dtype=torch.bool)
+    others = torch.ones(len(target), dtype=torch.bool, device=pred.device)
     others[rows] = False
     rest = target[others] if memory is None else torch.cat([target[others], memory])
     p64, s64 = pred[rows].double().requires_grad_(), sigma.double().requires_grad_()
@@ -130,24 +141,26 @@ def errors(case: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[float, f
     )
 
 
-def compiled_naive() -> Loss | None:
+def compiled_naive(device: str) -> Loss | None:
     """The naive form through torch.compile, or None where there is no compiler."""
     try:
         compiled: Loss = torch.compile(naive, dynamic=True)
-        step(compiled, make_case(64, 64, 1.0))
-        step(compiled, make_case(64, 128, 1.0))
+        step(compiled, make_case(64, 64, 1.0, device))
+        step(compiled, make_case(64, 128, 1.0, device))
     except Exception as error:
         print(f"torch.compile does not work here: {type(error).__name__}")
         return None
     return compiled
 
 
-def density_ratio() -> tuple[float, float]:
+def density_ratio(device: str) -> tuple[float, float]:
     """Times of the broadcast form by autograd and of ours: 64 rows, 576 candidates, 4 components."""
     generator = torch.Generator().manual_seed(0)
-    logits, offsets, scales = torch.randn(3, 64, 4, generator=generator)
-    location = torch.randn(64, generator=generator)
-    labels = torch.randn(576, generator=generator)
+    logits, offsets, scales = torch.randn(3, 64, 4, generator=generator).to(device)
+    location = torch.randn(64, generator=generator).to(device)
+    labels = torch.randn(576, generator=generator).to(device)
+
+    own = torch.arange(64, device=device)
 
     def mixture() -> tuple[Mixture, Tensor]:
         head = [
@@ -157,7 +170,7 @@ def density_ratio() -> tuple[float, float]:
 
     def broadcast() -> None:
         head, target = mixture()
-        entropy = F.cross_entropy(mixture_log_density(head, labels), torch.arange(64), reduction="none")
+        entropy = F.cross_entropy(mixture_log_density(head, labels), own, reduction="none")
         ((head.spread() * entropy).mean() + 2 * (head.location - target).square().mean()).backward()
 
     def by_hand() -> None:
@@ -171,13 +184,14 @@ def density_ratio() -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    cases = {(b, m, s): make_case(b, m, s) for b, m in SIZES for s in SIGMAS_OVER_SD}
+    cases = {(b, m, s): make_case(b, m, s, arguments.device) for b, m in SIZES for s in SIGMAS_OVER_SD}
     peaks = {key: peak_bytes(ours, case) for key, case in cases.items()}  # first, while the process is small
     naive_peaks = {key: peak_bytes(naive, case) for key, case in cases.items() if key[0] * key[1] < NAIVE_PAIRS}
-    compiled = compiled_naive()
+    compiled = compiled_naive(arguments.device)
     rows = []
     print(
         f"{'B x M':>14} {'sigma/sd':>8} {'naive ms':>9} {'compiled':>9} {'ours ms':>8} {'ratio':>6} {'naive MB':>9}"
@@ -217,7 +231,7 @@ def main() -> None:
             f" {peak / 1e6:8.1f} {loss_error:8.0e} {pred_error:8.0e} {sigma_error:8.0e}",
             flush=True,
         )
-    broadcast, by_hand = density_ratio()
+    broadcast, by_hand = density_ratio(arguments.device)
     print(f"density head, 64 x 576, K = 4: broadcast {1e3 * broadcast:.2f} ms, ours {1e3 * by_hand:.2f} ms", end=", ")
     print(f"ratio {broadcast / by_hand:.1f}")
     if arguments.json:

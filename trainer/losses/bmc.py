@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trainer.losses import kernel
+from trainer.losses import fused, kernel
 from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
 from trainer.losses.dense_softmax import SoftmaxMoments, dense_moments, wide
 from trainer.losses.gauss_transform import LOG_WEIGHT_RANGE, near_linear_moments
@@ -115,6 +115,9 @@ def loss_against(
         sigma_gradient: See `bmc_loss`.
     """
     by_moments = follows_moments(sigma_gradient)
+    if log_weights is None and pred.dim() == 1 and fused.takes(pred, target, labels):
+        rows, counts = _FusedRows.apply(pred, noise_sigma, target, labels, by_moments)  # type: ignore[no-untyped-call]
+        return reduce_rows(rows, counts, reduction)
     # Only a CPU may look at the numbers, and then spares the common case all masking.
     if pred.device.type == "cpu":
         labels, log_weights = drop_masked(labels, log_weights)
@@ -232,6 +235,33 @@ class _BalancedMSE(torch.autograd.Function):
         grad_pred = (grad[:, None] if pred_grad.dim() > 1 and grad.dim() else grad) * pred_grad
         grad_sigma = None if sigma_grad is None else (grad * sigma_grad).sum().to(pred_grad.dtype)
         return grad_pred, grad_sigma, *[None] * 7
+
+
+class _FusedRows(torch.autograd.Function):
+    """Losses of the rows (B,), and which of them count (B,), by one kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pred: Tensor, sigma: Tensor, target: Tensor, labels: Tensor, by_moments: bool
+    ) -> tuple[Tensor, Tensor]:
+        loss, error, gap, spread, keep = fused.balanced_rows(pred, target, labels, sigma)
+        sigma_grad = None
+        if ctx.needs_input_grad[1]:
+            if by_moments:
+                labels, log_weights = mask_candidates(labels, None)
+                gap = moment_gap(spread, error.square(), weighted_variance(labels, log_weights), keep) * keep
+            sigma_grad = gap * (2 / sigma)
+        ctx.save_for_backward(error.mul_(2).to(pred.dtype), sigma_grad)
+        counts = keep > 0
+        ctx.mark_non_differentiable(counts)
+        return loss.to(pred.dtype), counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        pred_grad, sigma_grad = ctx.saved_tensors
+        grad_sigma = None if sigma_grad is None else (grad * sigma_grad).sum().to(pred_grad.dtype)
+        return grad * pred_grad, grad_sigma, None, None, None
 
 
 def _own_terms(target: Tensor, moments: SoftmaxMoments) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.losses import kernel
+from trainer.losses import fused, kernel
 from trainer.losses.candidates import all_finite, candidate_labels, drop_masked, mask_candidates
 from trainer.losses.mixture import LOG_SQRT_2_PI, Mixture
 from trainer.losses.mixture_softmax import mixture_moments
@@ -153,6 +153,14 @@ def _density_loss(
     labels, log_weights = (None, None) if candidates is None else candidates
     average = reduction == "mean"
     scale, factors = (None if t is None else t.detach().to(target.dtype) for t in (row_scale, weights))
+    if fused.takes(*mixture, target) and mixture.means.shape[1] <= fused.MOST_COMPONENTS:
+        scales = None if scale is None else scale.expand_as(target)
+        blur = None if memory.variances is None else memory.variances.detach().to(target.dtype)
+        others = labels, log_weights, blur, scales, factors
+        rows, counts, gradients = fused.mixture_rows(
+            *mixture, target, *others, memory.rows, memory.weight, location_weight
+        )
+        return reduce_rows(_KnownGradients.apply(*mixture, rows, gradients), counts, reduction)  # type: ignore[no-untyped-call]
     if log_weights is None and kernel.takes(*mixture, target) and mixture.means.shape[1] <= kernel.MOST_COMPONENTS:
         scales = None if scale is None else scale.expand_as(target)
         share = 1 / len(target) if average else 1.0

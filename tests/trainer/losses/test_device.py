@@ -24,6 +24,7 @@ from trainer.losses import (
     density_bmc_loss,
     density_nll_loss,
     focal_loss,
+    fused,
     gai_loss,
     huber_loss,
     influence_balanced_loss,
@@ -37,7 +38,7 @@ Make = Callable[..., Tensor]
 
 
 def bmc(make: Make, device: str) -> Tensor:
-    noise = NoiseSigma("learned").to(device)
+    noise = NoiseSigma("learned").to(device, non_blocking=True)
     return bmc_loss(make(ROWS), make(ROWS), noise.value(), memory=make(MEMORY), memory_log_weights=make(MEMORY))
 
 
@@ -46,17 +47,17 @@ def bmc_by_moments(make: Make, device: str) -> Tensor:
 
 
 def gai_by_moments(make: Make, device: str) -> Tensor:
-    mixture = LabelMixture(COMPONENTS).to(device)
+    mixture = LabelMixture(COMPONENTS).to(device, non_blocking=True)
     mixture.observe(make(ROWS))
     return gai_loss(make(ROWS), make(ROWS), make(), mixture, sigma_gradient="moments")
 
 
 def bmc_without_memory(make: Make, device: str) -> Tensor:
-    return BMCLoss(8.0).to(device)(make(ROWS, 1), make(ROWS))
+    return BMCLoss(8.0).to(device, non_blocking=True)(make(ROWS, 1), make(ROWS))
 
 
 def bmc_two_dimensions(make: Make, device: str) -> Tensor:
-    noise = NoiseSigma("adaptive").to(device)
+    noise = NoiseSigma("adaptive").to(device, non_blocking=True)
     noise.observe(make(ROWS))
     noise.rescale(make())
     return bmc_loss(make(ROWS, 2), make(ROWS, 2), noise.value(), memory=make(MEMORY, 2))
@@ -76,7 +77,7 @@ def density_nll(make: Make, device: str) -> Tensor:
 
 
 def gai(make: Make, device: str) -> Tensor:
-    mixture = LabelMixture(COMPONENTS).to(device)
+    mixture = LabelMixture(COMPONENTS).to(device, non_blocking=True)
     for _ in range(2):
         mixture.observe(make(ROWS))
     mixture.rescale(make().double(), make().double())
@@ -84,7 +85,7 @@ def gai(make: Make, device: str) -> Tensor:
 
 
 def bni(make: Make, device: str) -> Tensor:
-    histogram = LabelHistogram(32).to(device)
+    histogram = LabelHistogram(32).to(device, non_blocking=True)
     for _ in range(2):
         histogram.observe(make(ROWS))
     histogram.rescale(make().double().abs() + 0.1, make().double())
@@ -92,7 +93,7 @@ def bni(make: Make, device: str) -> Tensor:
 
 
 def reweighted(make: Make, device: str) -> Tensor:
-    weigh = InverseDensityWeights(16).to(device)
+    weigh = InverseDensityWeights(16).to(device, non_blocking=True)
     weigh.observe(make(ROWS))
     target = make(ROWS)
     return (
@@ -105,7 +106,7 @@ def reweighted(make: Make, device: str) -> Tensor:
 def classes(make: Make, device: str) -> Tensor:
     logits = make(ROWS, CLASSES)
     target = (make(ROWS).detach().abs() * 2).long().clamp(max=CLASSES)
-    counts = ClassCounts(CLASSES).to(device)
+    counts = ClassCounts(CLASSES).to(device, non_blocking=True)
     counts.observe(target)
     prior = counts.log_prior()
     loss = cross_entropy_loss(logits, target, class_weights=counts.weights()) + focal_loss(logits, target)
@@ -115,10 +116,10 @@ def classes(make: Make, device: str) -> Tensor:
 def influence(make: Make, device: str) -> Tensor:
     logits, features = make(ROWS, CLASSES), make(ROWS, 9)
     target = (make(ROWS).detach().abs() * 2).long().clamp(max=CLASSES)
-    counts = ClassCounts(CLASSES).to(device)
-    stream = StreamIBLoss(after=10).to(device)
+    counts = ClassCounts(CLASSES).to(device, non_blocking=True)
+    stream = StreamIBLoss(after=10).to(device, non_blocking=True)
     stream.observe(ROWS)
-    fixed = IBLoss(weight=counts.weights()).to(device)
+    fixed = IBLoss(weight=counts.weights()).to(device, non_blocking=True)
     loss = stream(logits, target, features, counts.weights()) + fixed(logits, target, features)
     return loss + influence_balanced_loss(logits, target, features, detach_influence=False)
 
@@ -158,6 +159,7 @@ def test_forward_and_backward_never_ask_the_host(case: Callable[[Make, str], Ten
 @pytest.mark.parametrize("case", CASES)
 def test_cuda_gives_the_cpus_numbers_without_a_sync(case: Callable[[Make, str], Tensor]) -> None:
     results = []
+    fused.takes(torch.ones(1, device="cuda"))  # is tried out the first time
     for device in ("cpu", "cuda"):
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes_of(case)]
