@@ -72,7 +72,12 @@ class PrequentialMetrics:
         others = torch.stack([torch.ones_like(error[0]), covered.double(), log_score.double()])
         values = torch.cat([others, torch.stack([error, error.square()], 1).flatten(0, 1)])
         self.sums[1] *= self.fading ** len(label)
-        self.sums.index_add_(2, cells, values.expand(2, -1, -1))
+        if device.type == "cpu":
+            self.sums.index_add_(2, cells, values.expand(2, -1, -1))
+        else:  # in an order of its own each time, where this always adds up in the same one
+            rows = torch.arange(len(values), device=device)[:, None]
+            for window in self.sums:
+                window.index_put_((rows, cells), values, accumulate=True)
 
     def compute(self) -> dict[str, Any]:
         """All metrics: `{window: {rows, coverage, log_score, answer: {mae, rmse, balanced_mae, ...}, regions}}`.

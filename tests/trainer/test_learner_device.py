@@ -8,6 +8,7 @@ import torch
 
 from tests.trainer.stream import CPU, make_batches, make_learner
 from tests.trainer.test_learner import VARIANTS, settings_of
+from tests.trainer.waiting import nothing_is_copied_to_meta, nothing_waits_for_cuda
 from trainer.learner import Learner
 
 ROWS = 12 * 32
@@ -16,17 +17,21 @@ RATE_ON_DEVICE = "a higher rate after drift"  # Adam without a fused kernel, as 
 ON_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def learned(variant: str, device: torch.device, rows: int = ROWS) -> Learner:
+def learned(variant: str, device: torch.device) -> Learner:
     settings = settings_of(variant)
     learner = make_learner(settings, device)
-    for batch in make_batches(settings, rows):
+    for batch in make_batches(settings, ROWS):
         learner.step(batch)
     return learner
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {RATE_ON_DEVICE}))
 def test_a_step_asks_the_device_nothing(variant: str) -> None:
-    learner = learned(variant, torch.device("meta"), ROWS_WITHOUT_NUMBERS)
+    settings = settings_of(variant)
+    learner = make_learner(settings, torch.device("meta"))
+    with nothing_is_copied_to_meta():
+        for batch in make_batches(settings, ROWS_WITHOUT_NUMBERS):
+            learner.step(batch)
     assert learner.samples == ROWS_WITHOUT_NUMBERS
 
 
@@ -36,12 +41,9 @@ def test_on_cuda_a_step_does_not_wait(variant: str) -> None:
     learner = make_learner(settings, torch.device("cuda"))
     batches = make_batches(settings, ROWS)
     learner.step(batches[0])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits_for_cuda():
         for batch in batches[1:]:
             learner.step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert learner.read().nonfinite_steps == 0
 
 

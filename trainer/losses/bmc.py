@@ -244,24 +244,22 @@ class _FusedRows(torch.autograd.Function):
     def forward(
         ctx: Any, pred: Tensor, sigma: Tensor, target: Tensor, labels: Tensor, by_moments: bool
     ) -> tuple[Tensor, Tensor]:
-        loss, error, gap, spread, keep = fused.balanced_rows(pred, target, labels, sigma)
-        sigma_grad = None
-        if ctx.needs_input_grad[1]:
-            if by_moments:
-                labels, log_weights = mask_candidates(labels, None)
-                gap = moment_gap(spread, error.square(), weighted_variance(labels, log_weights), keep) * keep
-            sigma_grad = gap * (2 / sigma)
-        ctx.save_for_backward(error.mul_(2).to(pred.dtype), sigma_grad)
-        counts = keep > 0
-        ctx.mark_non_differentiable(counts)
-        return loss.to(pred.dtype), counts
+        found = fused.balanced_rows(pred, target, labels, sigma)
+        by_sigma = found.by_sigma
+        if ctx.needs_input_grad[1] and by_moments:
+            most = weighted_variance(*mask_candidates(labels, None))
+            gap = moment_gap(found.spread, (found.by_pred.double() / 2).square(), most, found.counts)
+            by_sigma = torch.where(found.counts, gap * (2 / sigma), 0)
+        ctx.save_for_backward(found.by_pred, by_sigma)
+        ctx.mark_non_differentiable(found.counts)
+        return found.loss, found.counts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        pred_grad, sigma_grad = ctx.saved_tensors
-        grad_sigma = None if sigma_grad is None else (grad * sigma_grad).sum().to(pred_grad.dtype)
-        return grad * pred_grad, grad_sigma, None, None, None
+        by_pred, by_sigma = ctx.saved_tensors
+        grad_sigma = (grad * by_sigma).sum().to(by_pred.dtype) if ctx.needs_input_grad[1] else None
+        return grad * by_pred, grad_sigma, None, None, None
 
 
 def _own_terms(target: Tensor, moments: SoftmaxMoments) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,13 @@ import functools
 import importlib.util
 import math
 import warnings
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 MOST_COMPONENTS: Final = 64
-FEW_ROWS: Final = 2048  # so few that each program must have less, or most of the device idles
+FEW_ROWS: Final = 1 << 14  # so few that each program must have less, or most of the device idles
 PAIRS: Final = 1024  # that a program holds at a time
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # tensors with memory of their own
@@ -40,31 +40,39 @@ def _kernels() -> Any:
     return fused_rows
 
 
-def balanced_rows(pred: Tensor, target: Tensor, labels: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
-    """Balanced MSE of each row, and what its gradients are made of; see `trainer.losses.bmc`.
+class BalancedRows(NamedTuple):
+    """What `balanced_rows` gives of B rows; 0 where a row does not count."""
+
+    loss: Tensor  # (B,) float32
+    by_pred: Tensor  # (B,) float32, its derivative by the prediction
+    by_sigma: Tensor  # (B,) float64, by sigma
+    spread: Tensor  # (B,) float64, the candidates' variance under the softmax
+    counts: Tensor  # (B,) bool
+
+
+def balanced_rows(pred: Tensor, target: Tensor, labels: Tensor, sigma: Tensor) -> BalancedRows:
+    """Balanced MSE of each row, with its gradients; see `trainer.losses.bmc`.
 
     Args:
-        pred: (B,) predictions; a row that is not finite gets 0 everywhere.
+        pred: (B,) predictions; a row that is not finite does not count.
         target: (B,) labels, each among the candidates.
         labels: (M,) candidates; those that are not finite are none.
         sigma: 0-dim, above 0.
-
-    Returns:
-        (B,) float64 each: loss, E[y] - y, E[q] - q, the candidates' variance under the softmax, and 1 for a row that
-        counts.
     """
     return _balanced_rows(_kernels(), pred, target, labels, sigma)
 
 
-def _balanced_rows(kernels: Any, pred: Tensor, target: Tensor, labels: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
+def _balanced_rows(kernels: Any, pred: Tensor, target: Tensor, labels: Tensor, sigma: Tensor) -> BalancedRows:
     given = [t.contiguous() for t in (pred, target, labels, sigma)]
     count = len(pred)
-    out = torch.empty(5, count, dtype=torch.float64, device=pred.device)
+    out, wide = (torch.empty(2, count, dtype=d, device=pred.device) for d in (torch.float32, torch.float64))
+    counts = torch.empty(count, dtype=torch.bool, device=pred.device)
+    found = BalancedRows(out[0], out[1], wide[0], wide[1], counts)
     rows = 2 if count < FEW_ROWS else 16
-    grid = (-(-count // rows),)
+    tiles = {"tile_rows": rows, "tile_columns": PAIRS // rows}
     with torch.cuda.device_of(pred):  # type: ignore[no-untyped-call]
-        kernels.balanced_rows[grid](*given, out, count, len(labels), tile_rows=rows, tile_columns=PAIRS // rows)
-    return out.unbind(0)
+        kernels.balanced_rows[(-(-count // rows),)](*given, out, *wide, counts, count, len(labels), **tiles)
+    return found
 
 
 def mixture_rows(
@@ -123,13 +131,15 @@ def _mixture_rows(
     candidates = 0 if labels is None else len(labels)
     count, components = rows[0].shape
     width = 1 << (components - 1).bit_length()
-    out = target.new_empty(3, count)
+    out = target.new_empty(2, count)
+    counts = torch.empty_like(target, dtype=torch.bool)
     by_components = target.new_empty(3, count, components)
     with torch.cuda.device_of(target):  # type: ignore[no-untyped-call]
         kernels.mixture_rows[(count,)](
             *rows,
             *(target if t is None else t.contiguous() for t in others),
             out,
+            counts,
             by_components,
             count,
             components,
@@ -144,5 +154,5 @@ def _mixture_rows(
             tile_components=width,
             tile_columns=max(16, PAIRS // width),
         )
-    loss, by_location, keep = out.unbind(0)
-    return loss, keep > 0, [*by_components.unbind(0), by_location]
+    loss, by_location = out.unbind(0)
+    return loss, counts, [*by_components.unbind(0), by_location]

@@ -19,7 +19,10 @@ def balanced_rows(
     target,  # (B,) float32
     labels,  # (M,) float32
     sigma,  # 0-dim
-    out,  # (5, B) float64: loss, E[y] - y, E[q] - q, variance of the candidates, 1 for a row that counts
+    out,  # (2, B) float32: loss, its derivative by the prediction
+    by_sigma,  # (B,) float64: its derivative by sigma
+    spread,  # (B,) float64: the candidates' variance under the softmax
+    counts,  # (B,) bool: whether the row counts
     rows,
     candidates,
     tile_rows: tl.constexpr,
@@ -49,8 +52,8 @@ def balanced_rows(
     exact = nearest - 2 * p
     reference, mirror = nearest.to(tl.float32), exact.to(tl.float32)
     rest = (exact - mirror.to(tl.float64)).to(tl.float32)
-    variance = tl.load(sigma).to(tl.float64)
-    variance = variance * variance
+    deviation = tl.load(sigma).to(tl.float64)
+    variance = deviation * deviation
     power = (-0.5 * 1.4426950408889634 / variance).to(tl.float32)  # of 2
     totals = tl.zeros([tile_rows, tile_columns], tl.float64)
     firsts = tl.zeros([tile_rows, tile_columns], tl.float64)
@@ -72,12 +75,14 @@ def balanced_rows(
     total = tl.where(keep, tl.sum(totals, axis=1), 1.0)  # of a row that counts the own label is a candidate
     mean_shift, mean_excess = tl.sum(firsts, axis=1) / total, tl.sum(seconds, axis=1) / total
     loss = own_excess + 2 * variance * tl.log(total)
-    spread = mean_excess - (2 * (nearest - p) + mean_shift) * mean_shift
+    error = mean_shift - own_shift
+    slope = 2 * (mean_excess - own_excess) / deviation
+    around = mean_excess - (2 * (nearest - p) + mean_shift) * mean_shift
     tl.store(out + row, tl.where(keep, loss, 0.0), mask=there)
-    tl.store(out + rows + row, tl.where(keep, mean_shift - own_shift, 0.0), mask=there)
-    tl.store(out + 2 * rows + row, tl.where(keep, mean_excess - own_excess, 0.0), mask=there)
-    tl.store(out + 3 * rows + row, tl.where(keep & (spread > 0), spread, 0.0), mask=there)
-    tl.store(out + 4 * rows + row, keep.to(tl.float64), mask=there)
+    tl.store(out + rows + row, tl.where(keep, 2 * error, 0.0), mask=there)
+    tl.store(by_sigma + row, tl.where(keep, slope, 0.0), mask=there)
+    tl.store(spread + row, tl.where(keep & (around > 0), around, 0.0), mask=there)
+    tl.store(counts + row, keep, mask=there)
 
 
 @triton.jit(do_not_specialize=["components", "candidates", "first_memory", "rows"])
@@ -92,7 +97,8 @@ def mixture_rows(
     variances,  # (M - first_memory,) of the last candidates
     scales,  # (B,)
     factors,  # (B,)
-    out,  # (3, B): loss, its derivative by the location, 1 for a row that counts
+    out,  # (2, B): loss, its derivative by the location
+    counts,  # (B,) bool: whether the row counts
     by_components,  # (3, B, K): by log weights, means, log scales
     rows,
     components,
@@ -194,4 +200,4 @@ def mixture_rows(
     error = place - own
     tl.store(out + row, tl.where(keep, scale * surprise + location_weight * error * error, 0.0))
     tl.store(out + rows + row, tl.where(keep, 2 * location_weight * error, 0.0))
-    tl.store(out + 2 * rows + row, tl.where(keep, 1.0, 0.0))
+    tl.store(counts + row, keep)

@@ -1,12 +1,13 @@
 """No host sync: on torch's meta device `.item()`, boolean indexing and copies to a CPU raise, as does a CPU tensor."""
 
-import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.waiting import nothing_waits_for_cuda
 from trainer.losses import (
     BMCLoss,
     ClassCounts,
@@ -166,16 +167,9 @@ def test_cuda_gives_the_cpus_numbers_without_a_sync(case: Callable[[Make, str], 
         for tensor in drawn:
             tensor.requires_grad_()
         waiting = iter(drawn)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            if device == "cuda":
-                torch.cuda.set_sync_debug_mode("warn")
-            try:
-                loss = case(lambda *shape, waiting=waiting: next(waiting), device)
-                loss.backward()
-            finally:
-                if device == "cuda":
-                    torch.cuda.set_sync_debug_mode("default")
+        with nothing_waits_for_cuda() if device == "cuda" else nullcontext():
+            loss = case(lambda *shape, waiting=waiting: next(waiting), device)
+            loss.backward()
         results.append([loss.detach().cpu(), *(t.grad.cpu() for t in drawn if t.grad is not None)])
     for cpu, cuda in zip(*results, strict=True):
         torch.testing.assert_close(cuda, cpu, rtol=1e-4, atol=1e-5)
