@@ -169,14 +169,21 @@ class Checkpoint:
         """Notes that the learner's state now covers a batch."""
         self.progress = advance(self.progress, batch.progress)
 
-    def tick(self) -> None:
-        """Sees to what is due: readings for the metrics, the end of a save, the start of the next."""
-        now = time.monotonic()
+    def wishes(self) -> tuple[bool, bool, bool]:
+        """Whether this rank wants a snapshot, has something that the last one lacks, and has one under way."""
+        return self._is_due(time.monotonic()), self._is_behind, self._save is not None
+
+    def tick(self, wishes: Sequence[bool] | None = None) -> None:
+        """Sees to what is due: readings for the metrics, the end of a save, the start of the next.
+
+        Args:
+            wishes: of each of `wishes`, whether any rank has it, where they were exchanged already.
+        """
         if self._save is not None and self._save.future.done():
             self._finish(self._save)
-        if now >= self._next_reading_s:
+        if time.monotonic() >= self._next_reading_s:
             self._read()
-        due, behind, saving = self._parts.ranks.any(self._is_due(now), self._is_behind, self._save is not None)
+        due, behind, saving = self._parts.ranks.any(*self.wishes()) if wishes is None else wishes
         if due and behind and not saving:
             self._start()
 

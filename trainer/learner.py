@@ -54,6 +54,14 @@ class _Fresh(NamedTuple):
     numeric: Tensor  # (B, F)
 
 
+class _Exchanged(NamedTuple):
+    """What the ranks bring together in a turn."""
+
+    fresh: _Fresh
+    predicted: Tensor  # (B, columns) of `Task.predict`
+    beside: list[Tensor] | None  # labels that the others bring to each step, label units, NaN for none
+
+
 class Readings(NamedTuple):
     """What `Learner.read` fetched off the device."""
 
@@ -131,18 +139,23 @@ class Learner:
                 name: _padded(before.parts(value), shapes) if value.dim() else value for name, value in state.items()
             }
 
-    def step(self, batch: Batch) -> Any:
+    def step(self, batch: Batch, sizes: Sequence[tuple[int, int]] | None = None) -> Any:
         """Predicts a batch, takes it into all statistics, learns from it, and replays older rows.
 
         Nothing here waits for the device. A step whose loss or gradient is not finite leaves weights and optimiser as
         they were and is counted.
 
+        Args:
+            batch: of this rank.
+            sizes: of each rank its batch's rows and `len(replay)`, where they were exchanged already.
+
         Returns:
             What was predicted before the batch was learned from, in the task's own form; None for a batch without rows
             and for the first one.
         """
-        numbers = self._ranks.numbers(len(batch), len(self.replay))
-        counts = [rows for rows, _ in numbers]
+        if sizes is None:
+            sizes = [(rows, held) for rows, held in self._ranks.numbers(len(batch), len(self.replay))]
+        counts = [rows for rows, _ in sizes]
         total = sum(counts)
         if not total:
             return None
@@ -153,16 +166,10 @@ class Learner:
         predicted = None
         if self._batches:
             predicted = self.task.predict(numeric, categorical, label, self._averaged_is_better())
-        fresh = self._of_all_ranks(batch, numeric, label, counts)
-        if predicted is not None:
-            self._score(self._ranks.rows(predicted.columns, counts), fresh)
-        self.task.observe(fresh.numeric, fresh.label, fresh.host_label, self._batches)
         slots = self.replay.add(numeric, categorical, label)
         self.samples += total
-        self.model.train()
-        # What a body draws (dropout) is not part of the state.
-        self._seed_draws(self._seed + self._batches * self._ranks.count + self._ranks.number)
-        rows, held = self._settings.step_rows, [min(self._settings.replay_rows, sum(both)) for both in numbers]
+
+        rows, held = self._settings.step_rows, [min(self._settings.replay_rows, sum(both)) for both in sizes]
         starts = range(0, max(counts), rows)
         steps = [slots[start : start + rows] for start in starts]
         of_all = [sum(min(max(0, count - start), rows) for count in counts) for start in starts]
@@ -174,7 +181,17 @@ class Learner:
             replays = round(self._settings.replay_steps * min(max(1.0, more), WARM_UP_TIMES))
             steps += self.replay.draw([rows] * replays, self._random)
             of_all += [sum(min(count, rows) for count in held)] * replays
-        self._learn(steps, of_all, sum(held))
+        memories = self._memories(steps)
+
+        columns = None if predicted is None else predicted.columns
+        fresh, columns, beside = self._of_all_ranks(batch, numeric, label, columns, counts, steps, memories)
+        if predicted is not None:
+            self._score(columns, fresh)
+        self.task.observe(fresh.numeric, fresh.label, fresh.host_label, self._batches)
+        self.model.train()
+        # What a body draws (dropout) is not part of the state.
+        self._seed_draws(self._seed + self._batches * self._ranks.count + self._ranks.number)
+        self._learn(steps, memories, beside, of_all, sum(held))
         self._batches += 1
         return None if predicted is None else predicted.result
 
@@ -190,24 +207,58 @@ class Learner:
         """Whether `replay_when_idle` has anything to do."""
         return self._replay_rows_due >= self._settings.step_rows
 
-    def replay_when_idle(self) -> None:
-        """One step on older rows, where `replay_steps` is `auto` and not enough of them were taken yet."""
+    def replay_when_idle(self, held: Sequence[int] | None = None) -> None:
+        """One step on older rows, where `replay_steps` is `auto` and not enough of them were taken yet.
+
+        Args:
+            held: `len(replay)` of each rank, where they were exchanged already.
+        """
         if not self.may_replay:
             return
         rows = self._settings.step_rows
         self._replay_rows_due -= rows
         self.model.train()
-        held = [count for (count,) in self._ranks.numbers(len(self.replay))]
-        self._learn(self.replay.draw([rows], self._random), [sum(min(count, rows) for count in held)], sum(held))
+        if held is None:
+            held = [count for (count,) in self._ranks.numbers(len(self.replay))]
+        steps = self.replay.draw([rows], self._random)
+        memories, beside = self._memories(steps), None
+        brought = self._brought(steps, memories)
+        if brought is not None:
+            beside = self._of_others(torch.split(self._ranks.rows(brought, [1] * self._ranks.count), 1))
+        self._learn(steps, memories, beside, [sum(min(count, rows) for count in held)], sum(held))
 
-    def _of_all_ranks(self, batch: Batch, numeric: Tensor, label: Tensor, counts: Sequence[int]) -> _Fresh:
-        """A batch's rows, beside those of the other ranks: running statistics are taken over all of them."""
+    def _of_all_ranks(
+        self,
+        batch: Batch,
+        numeric: Tensor,
+        label: Tensor,
+        columns: Tensor | None,
+        counts: Sequence[int],
+        steps: Sequence[NDArray[np.int64]],
+        memories: Sequence[NDArray[np.int64]],
+    ) -> _Exchanged:
+        """A batch's rows and what was predicted of them, beside those of the other ranks, and the labels they bring.
+
+        Running statistics are taken over the rows of all. It is one message where it can be: on a CPU what a message
+        costs hardly depends on what is in it.
+        """
+        columns = label.new_empty(len(label), 0) if columns is None else columns
         if self._ranks.alone:
-            return _Fresh(batch.time_s, batch.label, label, numeric)
+            return _Exchanged(_Fresh(batch.time_s, batch.label, label, numeric), columns, None)
         own = torch.from_numpy(np.column_stack([batch.time_s, batch.label, batch.numeric]))  # float64 holds all of it
-        found = self._ranks.rows(own, counts)
+        brought = self._brought(steps, memories)
+        also = label.new_empty(0) if brought is None else brought
+        if self._device.type == "cpu":
+            both = torch.cat([own, columns.double()], 1)
+            found, labels = self._ranks.rows_beside(both, counts, also)
+            found, predicted = found.tensor_split([own.shape[1]], 1)
+        else:
+            found = self._ranks.rows(own, counts)
+            predicted, labels = self._ranks.rows_beside(columns.double(), counts, also)
         there = found.to(self._device, non_blocking=True)
-        return _Fresh(found[:, 0].numpy(), found[:, 1].numpy().copy(), there[:, 1].contiguous(), there[:, 2:].float())
+        host_label, of_all = found[:, 1].numpy().copy(), there[:, 1].contiguous()
+        fresh = _Fresh(found[:, 0].numpy(), host_label, of_all, there[:, 2:].float())
+        return _Exchanged(fresh, predicted.to(columns.dtype), None if brought is None else self._of_others(labels))
 
     @torch.no_grad()
     def _score(self, columns: Tensor, fresh: _Fresh) -> None:
@@ -223,45 +274,23 @@ class Learner:
         self._scores.mul_(SCORE_DECAY).add_(tested.scores)
         self._newest.append(Newest(fresh.time_s, fresh.host_label, tested.point))
 
-    def _learn(self, steps: Sequence[NDArray[np.int64]], of_all: Sequence[int], held: int) -> None:
-        """Takes optimiser steps, each on rows of the replay buffer (the fresh ones lie there too) at distinct slots.
-
-        Args:
-            steps: slots of this rank's rows; the ranks take the same number of steps, some perhaps without rows.
-            of_all: how many rows all ranks have in each step.
-            held: rows in the replay buffers of all ranks.
-        """
+    def _memories(self, steps: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        """Slots of a label memory for each step, without those of its rows, whose labels are in the loss already."""
         memory_rows = self._settings.label_memory // self._ranks.count
-        memories = [
-            self._not_own(memory, slots)
-            for memory, slots in zip(self.replay.draw([memory_rows] * len(steps), self._random), steps, strict=True)
-        ]
-        # What does not change between the steps is done for all of them at once.
-        sizes, rows = [len(slots) for slots in steps], sum(map(len, steps))
-        index = torch.from_numpy(np.concatenate([*steps, *memories])).to(self._device, non_blocking=True)
-        labels = self.task.targets(self.replay.label[index])
-        columns = self.task.columns(self.replay.numeric[index[:rows]])
-        categorical = self.replay.categorical[index[:rows]]
-        targets, others = labels.tensor_split([rows])
-        columns_of, categorical_of, targets_of = (torch.split(of, sizes) for of in (columns, categorical, targets))
-        memory = torch.split(others, [len(slots) for slots in memories])
-        beside = self._labels_of_others(steps, memories)
-        for at, rows_of_all in enumerate(of_all):
-            labels = memory[at] if beside is None else torch.cat([memory[at], beside[at]])
-            self._update(columns_of[at], categorical_of[at], targets_of[at], labels, rows_of_all, held)
-        self._follow_statistics()
+        drawn = self.replay.draw([memory_rows] * len(steps), self._random)
+        return [self._not_own(memory, slots) for memory, slots in zip(drawn, steps, strict=True)]
 
     def _not_own(self, memory: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The slots of a label memory but for those of a step's rows, whose labels are in the loss already."""
         self._own[slots] = True
         others = memory[~self._own[memory]]
         self._own[slots] = False
         return others
 
-    def _labels_of_others(
-        self, steps: Sequence[NDArray[np.int64]], memories: Sequence[NDArray[np.int64]]
-    ) -> list[Tensor] | None:
-        """Labels (M,) of `Task.targets` that the other ranks bring to each step: what `Task.compared` asks for."""
+    def _brought(self, steps: Sequence[NDArray[np.int64]], memories: Sequence[NDArray[np.int64]]) -> Tensor | None:
+        """Labels (1, steps, M) that this rank brings to the others' steps, NaN for none: what `Task.compared` asks for.
+
+        In label units, and of one shape on all ranks.
+        """
         if self._ranks.alone or self.task.compared == "none":
             return None
         brought, most = memories, self._settings.label_memory // self._ranks.count
@@ -272,12 +301,46 @@ class Learner:
         for number, own in enumerate(brought):
             index[0, number, : len(own)] = own
         slots = torch.from_numpy(index).to(self._device)
-        labels = torch.where(slots < 0, torch.nan, self.replay.label[slots.clamp(min=0)])
-        found = self._ranks.rows(labels, [1] * self._ranks.count)
-        others = self.task.targets(torch.cat([found[: self._ranks.number], found[self._ranks.number + 1 :]]))
-        # A device is not waited for: there the losses mask what is NaN.
-        by_step = others.transpose(0, 1).flatten(1)
-        return [of if self._device.type != "cpu" else of[~of.isnan()] for of in by_step]
+        return torch.where(slots < 0, torch.nan, self.replay.label[slots.clamp(min=0)])
+
+    def _of_others(self, brought: Sequence[Tensor]) -> list[Tensor]:
+        """The labels that the others have `_brought`, by step, label units."""
+        others = [labels for rank, labels in enumerate(brought) if rank != self._ranks.number]
+        return list(torch.cat(others).transpose(0, 1).flatten(1))
+
+    def _learn(
+        self,
+        steps: Sequence[NDArray[np.int64]],
+        memories: Sequence[NDArray[np.int64]],
+        beside: Sequence[Tensor] | None,
+        of_all: Sequence[int],
+        held: int,
+    ) -> None:
+        """Takes optimiser steps, each on rows of the replay buffer (the fresh ones lie there too) at distinct slots.
+
+        Args:
+            steps: slots of this rank's rows; the ranks take the same number of steps, some perhaps without rows.
+            memories: slots of each step's label memory.
+            beside: labels that the other ranks bring to each step, label units, NaN for none.
+            of_all: how many rows all ranks have in each step.
+            held: rows in the replay buffers of all ranks.
+        """
+        # What does not change between the steps is done for all of them at once.
+        sizes, rows = [len(slots) for slots in steps], sum(map(len, steps))
+        index = torch.from_numpy(np.concatenate([*steps, *memories])).to(self._device, non_blocking=True)
+        labels = self.task.targets(self.replay.label[index])
+        columns = self.task.columns(self.replay.numeric[index[:rows]])
+        categorical = self.replay.categorical[index[:rows]]
+        targets, others = labels.tensor_split([rows])
+        columns_of, categorical_of, targets_of = (torch.split(of, sizes) for of in (columns, categorical, targets))
+        memory = list(torch.split(others, [len(slots) for slots in memories]))
+        for at, labels in enumerate(beside or ()):
+            # A device is not waited for: there the losses mask what is NaN.
+            there = self.task.targets(labels if self._device.type != "cpu" else labels[~labels.isnan()])
+            memory[at] = torch.cat([memory[at], there])
+        for at, rows_of_all in enumerate(of_all):
+            self._update(columns_of[at], categorical_of[at], targets_of[at], memory[at], rows_of_all, held)
+        self._follow_statistics()
 
     def _update(
         self, columns: Tensor, categorical: Tensor, target: Tensor, memory: Tensor, of_all: int, held: int
@@ -290,13 +353,14 @@ class Learner:
         if len(target):
             stands_for = max(1.0, (held - len(target)) / max(1, len(memory)))
             outputs, own = self.task.loss(columns, categorical, target, memory, stands_for)
-            own = own if of_all == len(target) else own * (len(target) / of_all)
             own.backward()  # type: ignore[no-untyped-call]
             # The losses leave rows out that are not finite, so a network that has gone astray shows in its outputs.
             loss, checked = own.detach(), sum((part.detach().sum() for part in outputs), own.detach())
         slopes = [sigma.grad for sigma, _ in self._sigma if sigma.grad is not None]
         if not self._ranks.alone:
-            loss, checked = loss.clone(), 0.0 * checked
+            loss, checked, share = loss.clone(), 0.0 * checked, len(target) / of_all
+            for part in (self._weights.gradient, loss, *slopes):
+                part.mul_(share)
             self._ranks.sum_(self._weights.gradient, loss, checked, *slopes)
         norm = self._weights.norm()
         excess = (norm / self._settings.gradient_clip).clamp(min=1.0)

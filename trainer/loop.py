@@ -20,16 +20,19 @@ def train(parts: Parts, checkpoint: Checkpoint, turns: Turns) -> None:
         checkpoint.tick()  # where a first start began is on its way to the disk before anything is learned
         try:
             with parts.source.batches(turns.patience_s) as batches:
-                for batch in turns.of(batches):
+                for batch, rows, said in turns.of(batches, lambda: (len(parts.learner.replay), *checkpoint.wishes())):
+                    held, *wishes = zip(*said, strict=True)
                     if batch is not None:
                         began = time.perf_counter()
                         parts.dead_letters.write(batch.rejected)
-                        parts.learner.step(batch)
+                        parts.learner.step(batch, list(zip(rows, held, strict=True)))
                         checkpoint.advance(batch)
                         parts.metrics.trained(batch, time.perf_counter() - began)
                     else:
-                        parts.learner.replay_when_idle()
-                    checkpoint.tick()
+                        parts.learner.replay_when_idle(held)
+                    # Alone it is looked again; with others what was said as the turn began spares an exchange.
+                    due, behind, saving = map(any, wishes)
+                    checkpoint.tick(None if parts.ranks.alone else (due, behind or batch is not None, saving))
                 checkpoint.save()
         except SourceError:
             with suppress(SnapshotError):  # it has been said, and why it ends is the source

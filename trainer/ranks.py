@@ -5,6 +5,7 @@ from it each computes for itself, in the same order from the same numbers, so th
 that runs alone is the one rank of its job: nothing is exchanged, and nothing is copied.
 """
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from trainer.errors import RankLost
 
+GATHERED_FLOATS: Final = 1 << 20  # up to which it is the waiting that takes time: all-gather waits half as often
 TIMEOUT: Final = timedelta(minutes=10)  # for a rank that hangs; the end of one is noticed at once
 
 
@@ -78,13 +80,33 @@ class Ranks:
         padded[: len(own)] = own
         return torch.cat([part[:count] for part, count in zip(self._gather(padded), counts, strict=True)])
 
+    def rows_beside(self, own: Tensor, counts: Sequence[int], beside: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`rows`, and by rank what else each brings, in one exchange.
+
+        Args:
+            own: as in `rows`.
+            counts: rows of each rank.
+            beside: of the same dtype as `own`, and of the same shape on every rank.
+        """
+        if self.alone:
+            return own, [beside]
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own
+        size = padded.numel()
+        parts = self._gather(torch.cat([padded.flatten(), beside.flatten()]))
+        rows = [part[:size].view_as(padded)[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(rows), [part[size:].view_as(beside) for part in parts]
+
     def sum_(self, *tensors: Tensor) -> None:
         """Makes each tensor the sum over all ranks, in one exchange."""
         if self.alone:
             return
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
-        with _others_are_there():
-            dist.all_reduce(flat, group=self._group)
+        if flat.device.type == "cpu" and flat.numel() * self.count <= GATHERED_FLOATS:
+            flat = functools.reduce(Tensor.add_, self._gather(flat))  # in the order of the ranks, so alike on all
+        else:
+            with _others_are_there():
+                dist.all_reduce(flat, group=self._group)
         for tensor, total in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(total.view_as(tensor))
 

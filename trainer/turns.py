@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,20 @@ from trainer.schema import FeatureSchema
 LETTERS_POLL_S: Final = 0.05  # between looks whether dead letters have gone that hold a rank up
 BESIDE_OTHERS_S: Final = 0.01  # that a rank lets the others wait for a batch of its own, once after each it had
 IDLE_S: Final = 0.02  # the same where no rank had one
+
+
+class Turn(NamedTuple):
+    """What is to be done next.
+
+    Attributes:
+        batch: this rank's, perhaps without rows; None where no rank has one.
+        rows: of the batch of each rank.
+        said: by each rank as the turn began; see `Turns.of`.
+    """
+
+    batch: Batch | None
+    rows: Sequence[int]
+    said: Sequence[Sequence[int]]
 
 
 class Turns:
@@ -56,8 +70,13 @@ class Turns:
             return BESIDE_OTHERS_S
         return 0.0 if self._others_had else IDLE_S
 
-    def of(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
-        """This rank's batch of each turn in which any rank has one, None where none has.
+    def of(self, batches: Iterator[Batch | None], says: Callable[[], Sequence[int]] = tuple) -> Iterator[Turn]:
+        """Turns with this rank's batches, until all ranks have come to an end.
+
+        Args:
+            batches: of this rank, None where there was none for a while.
+            says: numbers that the others are to know as a turn begins, as many on all ranks: that needs no exchange of
+                its own.
 
         Raises:
             SourceError: this rank or another can read no more; raised after the same turn on all.
@@ -74,8 +93,10 @@ class Turns:
                 going = False
             except SourceError as error:
                 failure = error
-            any_going, any_batch, any_stop, any_failed = self._ranks.any(
-                going, batch is not None, self._stop(), failure is not None
+            flags = going, batch is not None, self._stop(), failure is not None
+            said = self._ranks.numbers(*flags, 0 if batch is None else len(batch), *says())
+            any_going, any_batch, any_stop, any_failed = (
+                any(of) for of in zip(*(own[:4] for own in said), strict=True)
             )
             if failure is not None:
                 raise failure
@@ -85,7 +106,8 @@ class Turns:
                 return
             self._had_one, self._others_had = batch is not None, any_batch
             begun = begun or self._had_one
-            yield self._agreed(self._without_rows if batch is None else batch) if any_batch else None
+            batch = self._agreed(self._without_rows if batch is None else batch) if any_batch else None
+            yield Turn(batch, [own[4] for own in said], [own[5:] for own in said])
             if any_stop:
                 return
 

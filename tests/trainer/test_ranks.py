@@ -53,7 +53,8 @@ def run_rank(rank: int, folder: str) -> None:
         learner = Learner(settings, schema, CPU, ranks)
         turns = Turns(ranks, schema, held=lambda: False, eager=lambda: False, stop=lambda: False)
         taken: list[tuple[list[float], list[str]]] = []
-        for number, batch in enumerate(turns.of(iter(batches_of(settings, rank)))):
+        for number, turn in enumerate(turns.of(iter(batches_of(settings, rank)))):
+            batch = turn.batch
             assert batch is not None
             taken.append((batch.label.tolist(), list(batch.new_classes)))
             learner.step(batch)
@@ -135,8 +136,8 @@ def test_a_batch_of_nothing_but_rejected_records_has_its_turn() -> None:
     batch = batcher.flush()
     turns = Turns(ALONE, schema, held=lambda: False, eager=lambda: False, stop=lambda: False)
     assert len(batch) == 0
-    (taken,) = turns.of(iter([batch]))
-    assert taken is batch
+    (turn,) = turns.of(iter([batch]))
+    assert turn.batch is batch
     assert len(batch.rejected) == 2
 
 
