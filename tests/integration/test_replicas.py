@@ -17,6 +17,7 @@ import pytest
 import tomlkit
 
 from service.broker import free_port
+from service.watcher import Watcher
 from tests.s3 import S3Server
 from tests.service.store import fitted, instance, make_settings, manifest
 from trainer.config import Settings, StoreSettings
@@ -210,6 +211,19 @@ def test_a_rolling_restart_under_load_fails_no_request_and_every_replica_follows
             load.more()
     assert load.failures == []
     assert set(load.answers) == {1, 2, 3}, "each answer names its version"
+
+
+def test_every_replica_has_the_newest_version_by_the_first_poll_that_begins_after_it(settings: Settings) -> None:
+    # One that was under way may have looked before, so it is the second one at the latest.
+    trainer = Trainer(settings)
+    watchers = [Watcher(open_store(settings.store), settings) for _ in range(2)]
+    with trainer.store.lock():
+        for _ in range(3):
+            newest = trainer.write()
+            for watcher in watchers:
+                watcher.poll()
+                assert watcher.predictor is not None
+                assert watcher.predictor.version == newest
 
 
 @pytest.mark.parametrize("drain_s", [300.0])
