@@ -22,7 +22,7 @@ from trainer.schema import FeatureSchema
 
 TRAINING_REACH: Final = 50.0  # standard deviations; nearer bounds hide the rare rows that matter (delays, claims)
 SMALLEST_SD: Final = 1e-6  # of a feature, beside its mean: below it what varies is rounding, and is not blown up
-RANGE_RATE: Final = 0.25  # of the way to the range observed, that the range of prediction goes with each batch
+RANGE_RATE: Final = 0.1  # of the way to the range observed, that the range of prediction goes with each batch
 PLAIN_SIGMA_BOUNDS: Final = (1e-3, 1e3)  # label standard deviations
 
 
