@@ -99,10 +99,10 @@ def test_a_value_beyond_the_range_is_let_in_over_some_batches() -> None:
     scaler.observe(torch.tensor([[2022.0, torch.nan], [2023.0, torch.nan]]))
     scaler.observe(torch.tensor([[2024.0, -5.0]]))
     held = [scaler.learned_high[0].item()]
-    for _ in range(20):
+    for _ in range(50):
         scaler.observe(torch.tensor([[2023.0, torch.nan]]))
         held.append(scaler.learned_high[0].item())
-    assert held[:2] == [2023.25, 2023.4375]
+    assert held[:2] == pytest.approx([2023.1, 2023.19])
     assert held[-1] == pytest.approx(2024, abs=0.01)
     assert scaler.learned_low.tolist() == [2022, -5]
     assert scaler.high.tolist() == [2024, -5]
