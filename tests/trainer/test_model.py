@@ -107,7 +107,7 @@ def test_a_value_beyond_the_range_is_let_in_over_some_batches() -> None:
     assert scaler.learned_low.tolist() == [2022, -5]
     assert scaler.high.tolist() == [2024, -5]
     answers = scaler.eval()(torch.tensor([[2024.0, 0.0], [held[-1], -5.0]]))
-    torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=0)  # the bound is wider than float32
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=0)  # bounds are float64, values float32
 
 
 def test_a_prediction_is_held_to_the_range_trained_on_and_training_is_not() -> None:
