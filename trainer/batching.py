@@ -16,7 +16,7 @@ from trainer.schema import Columns, FeatureSchema, Row
 
 CHECKSUM_MODULUS: Final = 1 << 64
 LARGEST_REJECTED_BYTES: Final = 4 << 20  # set aside by one batch: it ends there, however few rows it has by then
-LOOKED_AT_TOGETHER: Final = 256  # records; where one of them has a fault that is found late, all are looked at again
+LOOKED_AT_TOGETHER: Final = 1024  # records; where one of them has a fault that is found late, all are looked at again
 REJECTION_BYTES: Final = 1 << 10  # what a rejected record takes besides what it carries: objects, and the reason
 LONGEST_POLL_S: Final = 0.1  # snapshots, metrics and signals are seen to between polls
 
@@ -115,7 +115,7 @@ class _Part(NamedTuple):
 
     features: Columns
     label: NDArray[np.float64]
-    time_s: list[float]
+    time_s: NDArray[np.float64]
 
 
 class _Tally:
@@ -182,31 +182,27 @@ class Batcher:
 
     def _take_together(self, records: Sequence[Record]) -> bool:
         """Takes records by few steps each; nothing where a batch may end among them, or one has a fault found late."""
-        good, parsed, rejected = [], [], []
-        for record in records:
-            if record.value is None:
-                continue
-            try:
-                parsed.append(self._schema.parse(record.value))
-            except RecordError as error:
-                rejected.append(Rejection(record, error))
-            else:
-                good.append(record)
-        if self._rejected_bytes + sum(rejection.size for rejection in rejected) > LARGEST_REJECTED_BYTES:
-            return False
+        partition, offset, appended_s, _, value, _ = zip(*records, strict=True)
+        there = np.array([one is not None for one in value])
+        valued = there.nonzero()[0]
         try:
+            parsed = self._schema.parsed([one for one in value if one is not None])
+            rejected = [Rejection(records[valued[place]], error) for place, error in parsed.rejected.items()]
+            if self._rejected_bytes + sum(rejection.size for rejection in rejected) > LARGEST_REJECTED_BYTES:
+                return False
             features, label, time_s = self._schema.labelled(parsed)
         except RecordError:
             return False
-        times = [record.timestamp_s if at is None else at for record, at in zip(good, time_s, strict=True)]
-        self._keep(_Part(features, label, times))
-        for record in records:
-            tally = self._tallies[record.partition]
-            tally.next_offset = record.offset + 1
-            tally.skipped += record.value is None
-        for record in good:
-            self._tallies[record.partition].offsets.append(record.offset)
-        self._newest = max(self._newest, *(record.timestamp_s for record in good)) if good else self._newest
+        good = valued[parsed.place]
+        at_s = np.array(appended_s, dtype=np.float64)[good]
+        self._keep(_Part(features, label, np.where(np.isnan(time_s), at_s, time_s)))
+        self._newest = at_s.max(initial=self._newest).item()
+        partitions, offsets = np.array(partition), np.array(offset)
+        for number in dict.fromkeys(partition):
+            own, tally = partitions == number, self._tallies[number]
+            tally.next_offset = offset[own.nonzero()[0][-1]] + 1
+            tally.skipped += int(np.count_nonzero(own & ~there))
+            tally.offsets += offsets[good[own[good]]].tolist()
         for rejection in rejected:
             self._reject(rejection)
         return True
@@ -237,7 +233,8 @@ class Batcher:
 
     def _part(self, rows: Sequence[Row], times: list[float]) -> _Part:
         features = Columns(self._schema.numeric(rows), self._schema.categorical(rows))
-        return _Part(features, np.array([row.label for row in rows], dtype=np.float64), times)
+        label, time_s = np.array([row.label for row in rows], dtype=np.float64), np.array(times, dtype=np.float64)
+        return _Part(features, label, time_s)
 
     def _keep(self, part: _Part) -> None:
         self._parts.append(part)
@@ -255,7 +252,7 @@ class Batcher:
             numeric=np.concatenate([part.features.numeric for part in parts]),
             categorical=np.concatenate([part.features.categorical for part in parts]),
             label=np.concatenate([part.label for part in parts]),
-            time_s=np.array([at for part in parts for at in part.time_s], dtype=np.float64),
+            time_s=np.concatenate([part.time_s for part in parts]),
             progress={partition: tally.progress() for partition, tally in self._tallies.items()},
             rejected=tuple(self._rejected),
             newest_append_s=self._newest,

@@ -1,6 +1,7 @@
-/* Plain JSON into columns: an array of flat objects whose fields are numbers, booleans and categories, which is what
- * nearly all requests for many predictions are. `decoding.py` loads it. Whatever is not plain - or not JSON - is left
- * to the decoder that knows all of it, and that names what is wrong: nothing here explains, it only takes or leaves.
+/* Plain JSON into columns: flat objects whose fields are numbers, booleans and categories, which is what nearly all
+ * requests for many predictions are, and nearly all records of a topic. `decoding.py` loads it. Whatever is not plain -
+ * or not JSON - is left to the decoder that knows all of it, and that names what is wrong: nothing here explains, it
+ * only takes or leaves.
  *
  * Nothing here allocates or keeps state; no byte at or after the end is read.
  */
@@ -10,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { NUMERIC = 0, BOOLEAN = 1, CATEGORICAL = 2 };
+enum { NUMERIC = 0, BOOLEAN = 1, CATEGORICAL = 2, LABEL = 3 };
 
 typedef struct {
   const char *at, *end;
@@ -181,7 +182,22 @@ static int64_t field_of(const Fields *fields, const char *name, int64_t length, 
   return -1;
 }
 
-static int take_record(Text *text, const Fields *fields, const char *body, float *numbers, int32_t *texts) {
+/* Where a record's values go: see `decode_records` and `decode_values`. */
+typedef struct {
+  float *numbers;
+  int32_t *texts;
+  double *label;
+} Row;
+
+/* A row in which all is missing. */
+static Row empty_row(float *numbers, int64_t width, int32_t *texts, int64_t categories, double *label) {
+  for (int64_t j = 0; j < width; j++) numbers[j] = NAN;
+  memset(texts, 0, (size_t)(categories * 2) * sizeof *texts);
+  if (label) *label = NAN;
+  return (Row){numbers, texts, label};
+}
+
+static int take_record(Text *text, const Fields *fields, const char *body, Row row) {
   if (!take(text, '{')) return 0;
   if (take(text, '}')) return 1;
   int64_t expected = 0;
@@ -201,17 +217,18 @@ static int take_record(Text *text, const Fields *fields, const char *body, float
     expected = field + 1 < fields->count ? field + 1 : 0;
     int64_t place = fields->places[field];
     if (fields->kinds[field] == CATEGORICAL) {
-      texts[2 * place] = texts[2 * place + 1] = 0;
+      int32_t *bounds = row.texts + 2 * place;
+      bounds[0] = bounds[1] = 0;
       if (take_word(text, "null", 4)) continue;
-      texts[2 * place] = (int32_t)(text->at - body);
+      bounds[0] = (int32_t)(text->at - body);
       if (!take_scalar(text, 0)) return 0;
-      texts[2 * place + 1] = (int32_t)(text->at - body);
+      bounds[1] = (int32_t)(text->at - body);
       continue;
     }
     double value = NAN;
     if (take_word(text, "null", 4))
       ;
-    else if (fields->kinds[field] == NUMERIC) {
+    else if (fields->kinds[field] == NUMERIC || fields->kinds[field] == LABEL) {
       if (!take_number(text, &value) || fabs(value) > FLT_MAX) return 0;
     } else if (take_word(text, "true", 4))
       value = 1;
@@ -219,7 +236,10 @@ static int take_record(Text *text, const Fields *fields, const char *body, float
       value = 0;
     else
       return 0;
-    numbers[place] = (float)value;
+    if (fields->kinds[field] == LABEL)
+      *row.label = value;
+    else
+      row.numbers[place] = (float)value;
   } while (take(text, ','));
   return take(text, '}');
 }
@@ -241,12 +261,55 @@ int64_t decode_records(const char *body, int64_t length, int64_t start, int64_t 
   int64_t rows = 0;
   do {
     if (rows == most_rows) return -1;
-    for (int64_t j = 0; j < width; j++) numbers[rows * width + j] = NAN;
-    memset(texts + rows * categories * 2, 0, (size_t)(categories * 2) * sizeof *texts);
-    if (!take_record(&text, &fields, body, numbers + rows * width, texts + rows * categories * 2)) return -1;
+    Row row = empty_row(numbers + rows * width, width, texts + rows * categories * 2, categories, NULL);
+    if (!take_record(&text, &fields, body, row)) return -1;
     rows++;
   } while (take(&text, ','));
   if (!take(&text, ']')) return -1;
   *end = text.at - body;
   return rows;
+}
+
+/* Labelled records, each a value by itself; they stand one after the other in a body.
+ *
+ * value_ends: (rows,) where in the body each ends.
+ * numbers, texts: as in `decode_records`.
+ * labels: (rows,) the field of kind LABEL; NaN where it is missing.
+ * taken: (rows,) gets 1 where a value is a plain record, and 0 where that is for another to say.
+ */
+void decode_values(const char *body, int64_t rows, const int64_t *value_ends, int64_t count, const char *names,
+                   const int64_t *ends, const uint8_t *kinds, const int64_t *places, int64_t width, int64_t categories,
+                   float *numbers, int32_t *texts, double *labels, uint8_t *taken) {
+  Fields fields = {count, names, ends, kinds, places};
+  for (int64_t i = 0; i < rows; i++) {
+    Text text = {body + (i ? value_ends[i - 1] : 0), body + value_ends[i]};
+    Row row = empty_row(numbers + i * width, width, texts + i * categories * 2, categories, labels + i);
+    taken[i] = value_ends[i] <= INT32_MAX && take_record(&text, &fields, body, row);
+    skip_space(&text);
+    taken[i] &= text.at == text.end;
+  }
+}
+
+/* For each text of a column the first row that has the same one, so that each need be looked at once.
+ *
+ * texts: (rows, categories, 2) as above, of which one column is looked at.
+ * slots: (size,) to work with; size is a power of 2 above rows.
+ * first: (rows,)
+ */
+void first_alike(const char *body, int64_t rows, int64_t categories, int64_t column, const int32_t *texts, int64_t size,
+                 int32_t *slots, int32_t *first) {
+  memset(slots, 0, (size_t)size * sizeof *slots); /* a row counted from 1, or none */
+  for (int64_t i = 0; i < rows; i++) {
+    const int32_t *bounds = texts + 2 * (i * categories + column);
+    int32_t length = bounds[1] - bounds[0];
+    uint32_t hash = 2166136261u; /* FNV-1a */
+    for (int32_t at = bounds[0]; at < bounds[1]; at++) hash = (hash ^ (uint8_t)body[at]) * 16777619u;
+    int64_t slot = hash & (uint64_t)(size - 1);
+    for (; slots[slot]; slot = (slot + 1) & (size - 1)) {
+      const int32_t *other = texts + 2 * ((slots[slot] - 1) * categories + column);
+      if (other[1] - other[0] == length && memcmp(body + other[0], body + bounds[0], (size_t)length) == 0) break;
+    }
+    if (!slots[slot]) slots[slot] = (int32_t)i + 1;
+    first[i] = slots[slot] - 1;
+  }
 }

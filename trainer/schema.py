@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from trainer.classes import ClassNames
 from trainer.config import FeatureSettings, SchemaSettings, Settings, TaskName
-from trainer.decoding import RecordsDecoder
+from trainer.decoding import RecordsDecoder, distinct_texts
 from trainer.errors import ConfigError, RecordError
 
 FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
@@ -60,7 +60,17 @@ class Labelled(NamedTuple):
 
     features: Columns
     label: NDArray[np.float64]  # (B,), a class by its number
-    time_s: list[float | None]  # B event times, None where a record has none
+    time_s: NDArray[np.float64]  # (B,) event times, NaN where a record has none
+
+
+class Parsed(NamedTuple):
+    """B labelled records whose labels are still as JSON has them, and what is wrong with further ones."""
+
+    place: NDArray[np.int64]  # (B,) among all that were given
+    features: Columns
+    label: list[Any] | NDArray[np.float64]  # an array of numbers that have been looked at
+    time_s: NDArray[np.float64]  # (B,), as in `Labelled`
+    rejected: Mapping[int, RecordError]  # by place
 
 
 class FeatureSchema:
@@ -97,6 +107,12 @@ class FeatureSchema:
         self._decode_scalar = msgspec.json.Decoder(Scalar).decode
         of_features = {name: f.kind for name, f in kinds.items()}
         self._plain_records = RecordsDecoder(of_features) if RecordsDecoder.takes(of_features) else None
+        beside = {settings.label: "label" if self.classes is None else "categorical"}
+        beside |= {settings.time: "categorical"} if settings.time else {}
+        fields = {**of_features, **beside}  # the order in which `_plain_parsed` finds them
+        twice = len(fields) < len(of_features) + len(beside)
+        takes = RecordsDecoder.takes(fields) and not twice
+        self._plain_labelled = RecordsDecoder(fields) if takes else None
         label_kind = "numeric" if self.classes is None else "categorical"
         roles = {settings.label: label_kind, settings.time: "timestamp", settings.id: "categorical"}
         self._kinds = {**{name: kind for name, kind in roles.items() if name}, **{n: f.kind for n, f in kinds.items()}}
@@ -114,34 +130,74 @@ class FeatureSchema:
             RecordError: with reason `not_json`, `wrong_type`, `not_finite` or `no_label`; for classes also
                 `unknown_class` or `too_many_classes`.
         """
-        row = self._row(self._record.get(self.parse(value)))
+        row = self._row(self._record.get(self._parse(value)))
         if math.isnan(row.label):
             raise RecordError("no_label", f"the label {self.settings.label!r} is missing or null", self.settings.label)
         return row
 
-    def parse(self, value: bytes) -> Any:
-        """The first half of `decode`, for `labelled`, which is the second half of many: an object, not yet looked into.
+    def parsed(self, values: Sequence[bytes]) -> Parsed:
+        """The first half of what `decode` makes of records, by few steps a record; `labelled` is the second.
 
         Raises:
-            RecordError: with reason `not_json`, `wrong_type` or `not_finite`.
+            RecordError: `decode` raises one that is found late for at least one record; which is for it to say.
         """
+        plain, others = self._plain_parsed(values)
+        if plain is None:
+            return self._parsed_one_by_one(values, range(len(values)))
+        return _mixed(plain, self._parsed_one_by_one(values, others)) if others else plain
+
+    def labelled(self, parsed: Parsed) -> Labelled:
+        """The second half, which may add classes.
+
+        Raises:
+            RecordError: as `parsed`.
+        """
+        return Labelled(parsed.features, self._label_column(parsed.label), parsed.time_s)
+
+    def _parse(self, value: bytes) -> Any:
         try:
             return self._decode_record(value)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise explain(error) from None
 
-    def labelled(self, parsed: Sequence[Any]) -> Labelled:
-        """What `decode` makes of records, by few steps a record.
+    def _parsed_one_by_one(self, values: Sequence[bytes], places: Iterable[int]) -> Parsed:
+        objects, good = [], []
+        rejected: dict[int, RecordError] = {}
+        for place in places:
+            try:
+                parsed = self._parse(values[place])
+                if self._record.label([parsed]) == [None]:
+                    self.decode(values[place])  # which says so, or what else is wrong
+            except RecordError as error:
+                rejected[place] = error
+            else:
+                objects.append(parsed)
+                good.append(place)
+        features = self._arranged(self._record, objects)
+        label, time_s = self._record.label(objects), _times(self._record.time(objects))
+        return Parsed(np.array(good, dtype=np.int64), features, label, time_s, rejected)
 
-        Args:
-            parsed: what `parse` returned.
-
-        Raises:
-            RecordError: `decode` raises one for at least one of the records; which is for it to say.
-        """
-        features = self._arranged(self._record, parsed)
-        label = self._label_column(self._record.label(parsed))  # last, so that no class is added for a rejected record
-        return Labelled(features, label, [_seconds(time) for time in self._record.time(parsed)])
+    def _plain_parsed(self, values: Sequence[bytes]) -> tuple[Parsed | None, list[int]]:
+        """Those of the values that are plain records, and the places of the others; None: msgspec is to read all."""
+        if self._plain_labelled is None:
+            return None, []
+        found = self._plain_labelled.decode_values(values)
+        label_is_there = ~np.isnan(found.label) if self.classes is None else found.texts[:, len(self.buckets), 1] > 0
+        taken = found.taken & label_is_there
+        place, others = np.flatnonzero(taken), np.flatnonzero(~taken).tolist()
+        numeric, texts, label = found.numeric, found.texts, found.label
+        if others:
+            numeric, texts, label = numeric[place], texts[place], label[place]
+        try:
+            features = Columns(numeric, self._bucket_columns(found.body, texts))
+            beside = [
+                self._scalars(*distinct_texts(found.body, texts, column))
+                for column in range(len(self.buckets), texts.shape[1])
+            ]
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return None, []
+        time_s = _times(beside.pop()) if self.settings.time else np.full(len(place), np.nan)
+        return Parsed(place, features, beside.pop() if beside else label, time_s, {}), others
 
     def decode_instance(self, value: bytes) -> Row:
         """Reads one record to predict for; a label in it is ignored.
@@ -190,14 +246,10 @@ class FeatureSchema:
         found = self._plain_records and self._plain_records.decode(body, start, most_rows)
         if not found:
             return None
-        categorical = np.zeros((len(found.numeric), len(self.buckets)), dtype=np.int64)
         try:
-            for feature in range(len(self.buckets)):
-                places = found.texts[:, feature].tolist()
-                categorical[:, feature] = self._buckets_of_json(feature, [body[begin:end] for begin, end in places])
+            return Columns(found.numeric, self._bucket_columns(body, found.texts)), found.end
         except (msgspec.MsgspecError, UnicodeDecodeError):
             return None
-        return Columns(found.numeric, categorical), found.end
 
     def numeric(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Numeric features of rows, (B, F), NaN where missing."""
@@ -281,14 +333,15 @@ class FeatureSchema:
             raise RecordError("not_finite", f"the label {name!r} is {number!r}: too large for a 32-bit float", name)
         return number
 
-    def _label_column(self, values: list[Any]) -> NDArray[np.float64]:
-        if self.classes is None and None not in values:
-            labels = np.array(values, dtype=np.float64)
-            if not np.count_nonzero(np.abs(labels) > FLOAT32_MAX):
-                return labels
-        elif None not in values:
+    def _label_column(self, values: list[Any] | NDArray[np.float64]) -> NDArray[np.float64]:
+        if isinstance(values, np.ndarray):
+            return values
+        if self.classes is not None:
             return np.array([self._label(value) for value in values], dtype=np.float64)
-        raise RecordError("no_label", "a label is missing or too large")
+        labels = np.array(values, dtype=np.float64)
+        if np.count_nonzero(np.abs(labels) > FLOAT32_MAX):
+            raise RecordError("not_finite", "a label is too large for a 32-bit float")
+        return labels
 
     def _first_fault(self, instances: Sequence[Any]) -> RecordError:
         for place, instance in enumerate(instances):
@@ -303,6 +356,19 @@ class FeatureSchema:
         seen = self._caches[feature].get
         # Most are texts seen before; no bucket of these is 0.
         return [(type(value) is str and seen(value)) or self._bucket(feature, value) for value in values]
+
+    def _scalars(self, texts: Sequence[bytes], which: NDArray[np.int64]) -> list[Scalar]:
+        """Scalars as they stand in JSON, None for nothing, by which of several texts each is."""
+        values = [self._decode_scalar(text) if text else None for text in texts]
+        return [values[number] for number in which.tolist()]
+
+    def _bucket_columns(self, body: bytes, texts: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Buckets (B, C) of the categories that stand at places (B, C or more, 2) of a body."""
+        columns = np.zeros((len(texts), len(self.buckets)), dtype=np.int64)
+        for feature in range(len(self.buckets)):
+            different, which = distinct_texts(body, texts, feature)
+            columns[:, feature] = np.array(self._buckets_of_json(feature, different), dtype=np.int64)[which]
+        return columns
 
     def _buckets_of_json(self, feature: int, texts: Sequence[bytes]) -> list[int]:
         """Buckets of categories as they stand in JSON, nothing for a missing one."""
@@ -343,6 +409,17 @@ class FeatureSchema:
             else:
                 wide.append(value)
         return tuple(wide)
+
+
+def _mixed(one: Parsed, other: Parsed) -> Parsed:
+    """The records of both, in the order of their places."""
+    place = np.concatenate([one.place, other.place])
+    order = place.argsort()
+    numeric = np.concatenate([one.features.numeric, other.features.numeric])[order]
+    categorical = np.concatenate([one.features.categorical, other.features.categorical])[order]
+    labels, time_s = [*one.label, *other.label], np.concatenate([one.time_s, other.time_s])[order]
+    label = [labels[number] for number in order]
+    return Parsed(place[order], Columns(numeric, categorical), label, time_s, {**one.rejected, **other.rejected})
 
 
 def category_text(value: str | int | float | bool) -> str:
@@ -531,6 +608,11 @@ def _seconds(value: Scalar) -> float | None:
     """An event time as seconds since the epoch; None if it is none."""
     time = None if value is None or isinstance(value, bool) else moment(value)
     return None if time is None else time.timestamp()
+
+
+def _times(values: Sequence[Scalar]) -> NDArray[np.float64]:
+    """Event times as seconds since the epoch, NaN for None."""
+    return np.array([_seconds(value) for value in values], dtype=np.float64)
 
 
 def _cycles(name: str, value: str | int | float | None) -> list[float | None]:

@@ -16,7 +16,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from trainer import decoding
-from trainer.config import SchemaSettings
+from trainer.config import SchemaSettings, TaskName
+from trainer.decoding import distinct_texts
 from trainer.errors import RecordError
 from trainer.schema import FLOAT32_MAX, Columns, FeatureSchema, explain
 
@@ -96,6 +97,83 @@ def test_what_it_takes_is_what_msgspec_makes_of_it(body: bytes) -> None:
     if found is not None:
         assert same(found[0], expected)
         assert found[1] == 6 + len(body)
+
+
+def make_labelled_schema(task: TaskName, time: str | None) -> FeatureSchema:
+    return FeatureSchema(SchemaSettings(label="y", features=FEATURES, time=time), 64, task)
+
+
+LABELLED = {
+    **VALUES,
+    '"y"': NUMBERS | TEXTS | st.sampled_from(["null", "1", "1.0", '"1"', '"UA"']),
+    '"t"': st.sampled_from(['"2026-03-01T12:00:00Z"', '"never"', "1767225600000", "null", "true"]) | NUMBERS,
+}
+
+
+@st.composite
+def labelled_values(draw: st.DrawFn) -> bytes:
+    """A record with a label and a time, or something that is nearly one."""
+    space = draw(SPACE)
+    names = draw(st.permutations(list(LABELLED)))[: draw(st.integers(len(LABELLED) - 2, len(LABELLED)))]
+    names += draw(st.lists(st.sampled_from(list(LABELLED)), max_size=1))  # the last one counts
+    values = [draw(SCALARS if draw(st.integers(0, 29)) == 0 else LABELLED[name]) for name in names]
+    fields = f"{space},{space}".join(f"{n}{space}:{space}{v}" for n, v in zip(names, values, strict=True))
+    before, after = (draw(st.sampled_from([*4 * [""], " ", "{}", ",", "["])) for _ in range(2))
+    return f"{before}{{{space}{fields}{space}}}{after}".encode("utf-8", "surrogatepass")
+
+
+@pytest.mark.parametrize("task", ["regression", "classification"])
+@pytest.mark.parametrize("time", [None, "t"])
+@hypothesis_settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(values=st.lists(labelled_values(), max_size=6))
+@example(values=[b'{"y": 1', b', "x": 2}'])
+@example(values=[b'{"y": 1}', b"", b'{"y": 2}{"y": 3}', b'{"y": 4, "carrier": "\xff"}'])
+def test_labelled_values_are_what_each_is_by_itself(task: TaskName, time: str | None, values: list[bytes]) -> None:
+    """Rows, labels (classes numbered in the order of the records), times and what is wrong, as `decode` has them."""
+    judge, schema = make_labelled_schema(task, time), make_labelled_schema(task, time)
+    rows, places, faults = [], [], {}
+    for place, value in enumerate(values):
+        try:
+            rows.append(judge.decode(value))
+        except RecordError as error:
+            faults[place] = (error.reason, str(error))
+        else:
+            places.append(place)
+    try:
+        parsed = schema.parsed(values)
+        labelled = schema.labelled(parsed)
+    except RecordError:  # of a fault that is found late
+        assert faults
+        return
+    assert {place: (error.reason, str(error)) for place, error in parsed.rejected.items()} == faults
+    assert parsed.place.tolist() == places
+    assert same(labelled.features, Columns(judge.numeric(rows), judge.categorical(rows)))
+    assert labelled.label.tobytes() == np.array([row.label for row in rows], dtype=np.float64).tobytes()
+    times = [math.nan if row.time_s is None else row.time_s for row in rows]
+    np.testing.assert_array_equal(labelled.time_s, times)
+
+
+def test_values_between_which_some_are_not_plain_are_read_by_both() -> None:
+    schema = make_labelled_schema("regression", None)
+    values = [b'{"y":1,"x":5}', b'{"y":2,"x":6,"more":{}}', b'{"y":3}', b"{", b'{"x":1}']
+    assert schema._plain_labelled is not None
+    assert schema._plain_labelled.decode_values(values).taken.tolist() == [True, False, True, False, True]
+    parsed = schema.parsed(values)
+    assert parsed.place.tolist() == [0, 1, 2]
+    assert {place: error.reason for place, error in parsed.rejected.items()} == {3: "not_json", 4: "no_label"}
+    assert schema.labelled(parsed).label.tolist() == [1, 2, 3]
+
+
+@given(st.lists(st.text("abé", max_size=3), max_size=40))
+def test_distinct_texts_are_each_looked_at_once(texts: list[str]) -> None:
+    encoded = [text.encode() for text in texts]
+    ends = np.cumsum([len(text) for text in encoded], dtype=np.int32)
+    starts = ends - np.array([len(text) for text in encoded], dtype=np.int32)
+    other = np.zeros((len(texts), 2), dtype=np.int32)
+    places = np.stack([other, np.stack([starts, ends], 1)], 1)
+    found, which = distinct_texts(b"".join(encoded), places, 1)
+    assert found == list(dict.fromkeys(encoded))
+    assert [found[number] for number in which] == encoded
 
 
 @pytest.mark.parametrize(
@@ -182,7 +260,7 @@ def test_no_mutated_body_has_memory_read_or_written_that_is_not_its_own(tmp_path
     subprocess.run(["cc", "-O1", "-g", "-std=gnu11", *sanitizers, *sources, "-o", str(program), "-lm"], check=True)
     run = subprocess.run([str(program), "1", "1000000"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 10_000  # that were taken
+    assert all(int(taken) > 10_000 for taken in run.stdout.split())  # arrays, and values
 
 
 def test_longer_arrays_are_not_taken() -> None:
