@@ -1,6 +1,7 @@
 """How the service is started and stopped: the address first, then uvicorn."""
 
 import gc
+import os
 import signal
 import socket
 import ssl
@@ -66,6 +67,8 @@ def serve(settings: Settings) -> None:
     check_certificate(settings.service)
     workers = settings.service.workers
     with bind(settings.service.host, settings.service.port) as listener:
+        for number in (signal.SIGTERM, signal.SIGINT):  # while what answers is still imported and made
+            signal.signal(number, _end_at_once)
         scheme = "https" if settings.service.ssl_certfile else "http"
         log.info("serving", url=url(listener, scheme), store=settings.store.url, workers=workers)
         if workers == 1:
@@ -75,6 +78,10 @@ def serve(settings: Settings) -> None:
 
             serve_by_workers(settings, listener, workers)
     log.info("stopped")
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    os._exit(0)  # an exception may come in the middle of an import; and nothing is open yet that needs closing
 
 
 def answer_at(listener: socket.socket, settings: Settings) -> None:

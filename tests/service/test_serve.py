@@ -63,6 +63,17 @@ def events(process: subprocess.Popen[str]) -> Iterator[dict[str, object]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_there_is_anything_that_answers_is_an_orderly_end_too(
+    process: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    log = events(process)
+    assert next(log)["event"] == "serving"
+    process.send_signal(number)
+    assert list(log) == []
+    assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_process_with_exit_code_0(process: subprocess.Popen[str], number: signal.Signals) -> None:
     log = events(process)
     serving = next(log)
