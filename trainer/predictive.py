@@ -16,7 +16,7 @@ Every row is computed by operations of its own, by the compiled kernel or in til
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,15 @@ class Predictive:
     point: Tensor
     lower: Tensor | None = None
     upper: Tensor | None = None
+
+
+class Scored(NamedTuple):
+    """B labels beside what was said of them, and both answers that metrics are kept of."""
+
+    log_score: Tensor  # (B,) float32, see the function of that name
+    level: Tensor  # (B,) float32, P(Y <= label)
+    natural: Predictive  # at balance 0, with an interval
+    balanced: Predictive  # at balance 1
 
 
 @torch.no_grad()
@@ -291,13 +300,37 @@ class GridDensity:
             answer = _answer(self.mass, self.cumulative, self.grid, ends, point)
             stream = self.learned_prior == "stream"
             return _around_location(answer, self.components, self.grid) if stream else answer
-        tilt = balance * (self.grid.log_mask - self.grid.log_density)
-        mass = self.mass * (tilt - tilt.max()).exp()
+        mass = self.mass * self._tilted(balance)
         lost = mass.sum(1) <= _RELIABLE_TOTAL
         if mass.device.type != "cpu" or bool(lost.any()):
             exact = _masses(self.components, self.grid, self.learned_prior, balance)
             mass = torch.where(lost[:, None], exact, mass)
         return _answer(mass, mass.cumsum(1), self.grid, ends, point)
+
+    @torch.no_grad()
+    def scored(self, labels: Tensor, ends: Tensor) -> Scored:
+        """Return `log_score`, `level`, and `answer` at balances 0 and 1; in one pass over the masses where compiled.
+
+        Args:
+            labels: (B,) raw label units.
+            ends: (2,) probability levels of the ends of the interval at balance 0, never decreasing.
+        """
+        if not tilting.takes_masses(self.mass):
+            answers = self.answer(0.0, ends), self.answer(1.0)
+            return Scored(self.log_score(labels), self.level(labels), *answers)
+        raw, edges = labels.double(), self.grid.edges.double()
+        found = tilting.scores(self.mass, raw, edges, self._tilted(1.0), ends.float(), _TINY)
+        score, level, point, lower, upper, balanced = found.unbind(0)
+        natural = Predictive(point, lower, upper)
+        if self.learned_prior == "stream":
+            natural = _around_location(natural, self.components, self.grid)
+        second = self.answer(1.0) if bool(balanced.isnan().any()) else Predictive(balanced)
+        return Scored(score.float(), level.float(), natural, second)
+
+    def _tilted(self, balance: float) -> Tensor:
+        """Return what masses are multiplied with for another balance, (G,), the largest 1."""
+        tilt = balance * (self.grid.log_mask - self.grid.log_density)
+        return (tilt - tilt.max()).exp()
 
     @torch.no_grad()
     def where(self, condition: Tensor, other: "GridDensity") -> "GridDensity":

@@ -113,26 +113,23 @@ class Regression:
         swapped = looks and bool(averaged_is_better)
         first, second = (self.averaged, self.model) if swapped else (self.model, self.averaged)
         tried = slice(None, None, TRIED_EVERY if looks else 1)
-        answering, reading = self._density(first, *rows)
+        density, reading = self._density(first, *rows)
         other, tried_reading = self._density(second, *(part[tried] for part in rows))
-        score = answering.log_score(label)
+        answering = density if looks else other.where(averaged_is_better, density)
+        of = answering.scored(label, self.calibration.ends(INTERVAL))
+        score = of.log_score if looks else density.log_score(label)
         other_score, other_reading = torch.full_like(score, torch.nan), torch.full_like(reading, torch.nan)
         other_score[tried], other_reading[tried] = other.log_score(label[tried]), tried_reading
         scores, readings = [score, other_score], [reading, other_reading]
         if swapped:
             scores, readings = scores[::-1], readings[::-1]
-        if not looks:
-            answering = other.where(averaged_is_better, answering)
-            score = torch.where(averaged_is_better, other_score, score)
-        natural, balanced = (
-            answering.answer(balance, self.calibration.ends(INTERVAL) if balance == 0 else None) for balance in BALANCES
-        )
-        assert natural.lower is not None
-        assert natural.upper is not None
-        covered = (label >= natural.lower) & (label <= natural.upper)
-        level = answering.level(label)
-        columns = [*readings, *scores, score, level, covered, natural.point, balanced.point]  # see `_Columns`
-        return Predicted(StepResult(answering, score, covered), torch.stack([c.double() for c in columns], 1))
+        assert of.natural.lower is not None
+        assert of.natural.upper is not None
+        covered = (label >= of.natural.lower) & (label <= of.natural.upper)
+        points = of.natural.point, of.balanced.point
+        columns = [*readings, *scores, of.log_score, of.level, covered, *points]  # see `_Columns`
+        result = StepResult(answering, of.log_score, covered)
+        return Predicted(result, torch.stack([column.double() for column in columns], 1))
 
     def _density(
         self, model: Model, columns: Tensor, categorical: Tensor, target: Tensor

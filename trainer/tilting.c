@@ -1,4 +1,5 @@
-/* Answers under a label prior on a CPU: what `predictive` computes with torch in some forty calls. `tilting.py` loads it.
+/* Answers under a label prior on a CPU, and scores of labels: what `predictive` computes with torch in some forty calls
+ * each. `tilting.py` loads it.
  *
  * Rows are computed one after the other by the same instructions, so an answer depends on nothing but its row. All
  * arrays are contiguous, and float32 where nothing else is said. Nothing here allocates or keeps state.
@@ -148,5 +149,58 @@ void tilted_answers(int64_t rows, int64_t count, int64_t cells, const float *log
       answers[rows + row] = lower < point ? lower : point;
       answers[2 * rows + row] = upper > point ? upper : point;
     }
+  }
+}
+
+/* The cell that a label lies in, the nearest one for labels beyond the range; raw units. */
+static int64_t cell_of_label(const double *raw_edges, int64_t cells, double label) {
+  int64_t low = 1, high = cells;
+  while (low < high) {
+    int64_t middle = (low + high) / 2;
+    if (raw_edges[middle] <= label)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low - 1;
+}
+
+/* Labels scored by the masses of their rows, and two answers of each row: by the masses, and by them times factors.
+ *
+ * mass: (rows, cells), each row's sum positive.
+ * labels: (rows) float64, raw_edges: (cells + 1) float64, raw units.
+ * factors: (cells), at most 1.
+ * ends: the two levels of an interval.
+ * least: what a share of a row's masses counts as where it is less.
+ * tilted, sums: (cells), (cells + 2) float64, to work in.
+ * found: (6, rows) float64: log of the density at the label, share of the masses below the label, median, lower and
+ *   upper end, and the median by the masses times factors, NaN where too little is left of them.
+ */
+void scored_rows(int64_t rows, int64_t cells, const float *mass, const double *labels, const double *raw_edges,
+                 const float *factors, const float *ends, double least, float *tilted, double *sums, double *found) {
+  for (int64_t row = 0; row < rows; row++) {
+    const float *own = mass + row * cells;
+    double total = write_sums(cells, own, sums), label = labels[row];
+    int64_t cell = cell_of_label(raw_edges, cells, label);
+    double below = sums[cell / BLOCK], width = raw_edges[cell + 1] - raw_edges[cell];
+    for (int64_t j = cell / BLOCK * BLOCK; j < cell; j++) below += own[j];
+    double part = (label - raw_edges[cell]) / width, share = own[cell] / total, beyond = 0;
+    part = part < 0 ? 0 : part > 1 ? 1 : part;
+    if (label < raw_edges[0]) beyond = raw_edges[0] - label;
+    if (label > raw_edges[cells]) beyond = label - raw_edges[cells];
+    double level = (below + part * own[cell]) / total;
+    double point = quantile(0.5f, cells, own, sums, total, raw_edges);
+    double lower = quantile(ends[0], cells, own, sums, total, raw_edges);
+    double upper = quantile(ends[1], cells, own, sums, total, raw_edges);
+    found[row] = log(share > least ? share : least) - log(width + beyond);
+    found[rows + row] = level > 1 ? 1 : level;
+    found[2 * rows + row] = point;
+    found[3 * rows + row] = lower < point ? lower : point;
+    found[4 * rows + row] = upper > point ? upper : point;
+#pragma omp simd
+    for (int64_t j = 0; j < cells; j++) tilted[j] = own[j] * factors[j];
+    total = write_sums(cells, tilted, sums);
+    found[5 * rows + row] =
+        total > RELIABLE_TOTAL ? quantile(0.5f, cells, tilted, sums, total, raw_edges) : NAN;
   }
 }

@@ -14,8 +14,11 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 def load(path: Path) -> ctypes.CDLL | None:
     """The library at a path, or None if it is not there, or not for this machine."""
-    library = opened(path, "tilted_answers")
+    library = opened(path, "scored_rows")
     if library is not None:
+        pointer = ctypes.c_void_p
+        library.scored_rows.argtypes = [*[ctypes.c_int64] * 2, *[pointer] * 5, ctypes.c_double, *[pointer] * 3]
+        library.scored_rows.restype = None
         library.tilted_answers.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 14
         library.tilted_answers.restype = None
     return library
@@ -38,6 +41,38 @@ def takes(log_tilt: Tensor, *components: Tensor) -> bool:
         and components[0].shape[1] <= MOST_COMPONENTS
         and not torch.compiler.is_compiling()
     )
+
+
+def takes_masses(mass: Tensor) -> bool:
+    """Whether the library is there, and scores labels by masses (B, G) like these."""
+    there = _library is not None and mass.is_cpu and mass.dtype == torch.float32
+    return there and not torch.compiler.is_compiling()
+
+
+def scores(mass: Tensor, labels: Tensor, raw_edges: Tensor, factors: Tensor, ends: Tensor, least: float) -> Tensor:
+    """Labels scored by the masses of their rows, and answers at two balances.
+
+    Args:
+        mass: (B, G) float32, the sum of each row positive.
+        labels: (B,) float64, raw units.
+        raw_edges: (G + 1,) float64, raw units.
+        factors: (G,) float32 in [0, 1], which the masses are multiplied with for the second answer.
+        ends: (2,) float32 levels of an interval of the first.
+        least: what a share of the masses counts as where it is less.
+
+    Returns:
+        (6, B) float64: log density at the label, P(Y <= label), median, lower and upper end, and the second median, NaN
+        where too little mass is left for it.
+    """
+    assert _library is not None
+    given = [t.contiguous() for t in (mass, labels, raw_edges, factors, ends)]
+    rows, cells = mass.shape
+    found = torch.empty(6, rows, dtype=torch.float64)
+    work = torch.empty(2 * cells + 2, dtype=torch.float64)
+    sums = work.data_ptr()
+    pointers = [t.data_ptr() for t in given]
+    _library.scored_rows(rows, cells, *pointers, least, sums + 8 * (cells + 2), sums, found.data_ptr())
+    return found
 
 
 def answers(

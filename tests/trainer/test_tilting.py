@@ -1,6 +1,7 @@
 """The compiled answers are those of torch, but for rounding, and a row's depend on nothing else."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from trainer import tilting
 from trainer.compiled import library_of
 from trainer.label_density import LabelDensity, LabelGrid
-from trainer.predictive import Components, LearnedPrior, Point, TiltedGrid
+from trainer.predictive import Components, GridDensity, LearnedPrior, Point, TiltedGrid, predict
 
 pytestmark = pytest.mark.skipif(not tilting.is_loaded(), reason="it is not compiled here")
 ENDS = torch.tensor([0.05, 0.95])
@@ -96,3 +97,71 @@ def test_no_row_is_without_an_answer(grid: LabelGrid, monkeypatch: pytest.Monkey
             by_torch = torch.stack(answers(tilted, of, "median", ENDS))
         assert compiled.isfinite().all()
         torch.testing.assert_close(compiled, by_torch, rtol=0, atol=0.05)
+
+
+def labels_within_and_beyond(grid: LabelGrid) -> Tensor:
+    inside = torch.linspace(float(grid.edges[0]), float(grid.edges[-1]), ROWS - 22, dtype=torch.float64)
+    beyond = torch.tensor([-1e6, 1e6], dtype=torch.float64)
+    return torch.cat([inside, grid.edges[:20].double(), beyond])  # a label on an edge is in the upper cell
+
+
+def scored(density: GridDensity, labels: Tensor) -> dict[str, Tensor]:
+    of = density.scored(labels, ENDS)
+    assert of.natural.lower is not None
+    assert of.natural.upper is not None
+    ends = {"lower": of.natural.lower, "upper": of.natural.upper}
+    return {
+        "score": of.log_score,
+        "level": of.level,
+        "natural": of.natural.point,
+        "balanced": of.balanced.point,
+        **ends,
+    }
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("prior", ["uniform", "weighted", "stream"])
+def test_scores_are_those_of_torch(
+    grid: LabelGrid, count: int, prior: LearnedPrior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    density, labels = GridDensity.of(components(count), grid, prior), labels_within_and_beyond(grid)
+    compiled = scored(density, labels)
+    monkeypatch.setattr(tilting, "_library", None)
+    for name, by_torch in scored(density, labels).items():
+        tolerance = 1e-4 if name in ("score", "level") else 2e-3
+        assert compiled[name].dtype == by_torch.dtype
+        torch.testing.assert_close(compiled[name], by_torch, rtol=1e-6, atol=tolerance)
+        assert float((compiled[name] - by_torch).abs().median()) < 0.15 * tolerance
+
+
+def test_scores_by_every_instruction_set_agree_and_depend_on_their_row_alone(
+    grid: LabelGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    labels, rows = labels_within_and_beyond(grid), slice(3, 20)
+    density = GridDensity.of(components(4), grid, "uniform")
+    part = replace(density, mass=density.mass[rows], total=density.total[rows])
+    found = []
+    for name, flag in (("default", None), ("avx2", "avx2"), ("avx512", "avx512vl")):
+        if flag is None or flag in flags:
+            library = tilting.load(library_of(tilting.SOURCE, name))
+            assert library is not None
+            monkeypatch.setattr(tilting, "_library", library)
+            found.append(scored(density, labels))
+            assert all(torch.equal(own, found[-1][key][rows]) for key, own in scored(part, labels[rows]).items())
+    for other in found[1:]:
+        for key, values in other.items():
+            torch.testing.assert_close(values, found[0][key], rtol=1e-6, atol=2e-3)
+
+
+def test_scores_of_rows_that_the_balance_tilts_out_of_reach_have_exact_answers(grid: LabelGrid) -> None:
+    often = int(grid.log_density.argmax())
+    means = grid.centres[[often, often + 60]].float()[:, None]
+    narrow = Components(torch.zeros(2, 1), means, torch.full((2, 1), 1e-3))
+    near = (torch.arange(len(grid)) - often).abs() < 30
+    density = GridDensity.of(narrow, replace(grid, log_density=grid.log_density + 80 * near), "stream")
+    labels, raw_edges = grid.centres[:2].double(), grid.edges.double()
+    found = tilting.scores(density.mass, labels, raw_edges, density._tilted(1.0), ENDS, 0.0)
+    assert found[5].isnan().tolist() == [True, False]
+    exact = predict(narrow, density.grid, learned_prior="stream", balance=1.0)
+    torch.testing.assert_close(density.scored(labels, ENDS).balanced.point, exact.point)
