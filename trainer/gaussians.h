@@ -26,18 +26,3 @@ static inline float power_of_two(float x) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
-
-/* Adds exp(height + tilt - ((centre - mean) inverse)^2) to the masses of cells.
- *
- * The exponent is kept to where neither the power nor a sum of few of them leaves float32. */
-static inline void add_gaussian(int64_t cells, float height, float mean, float inverse, const float *centres,
-                                const float *tilts, float *restrict masses) {
-#pragma omp simd
-  for (int64_t j = 0; j < cells; j++) {
-    float distance = (centres[j] - mean) * inverse;
-    float power = ((tilts[j] + height) - distance * distance) * LOG2_E;
-    power = power > LOWEST_POWER ? power : LOWEST_POWER;
-    power = power < HIGHEST_POWER ? power : HIGHEST_POWER;
-    masses[j] += power_of_two(power);
-  }
-}

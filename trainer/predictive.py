@@ -23,7 +23,6 @@ from torch import Tensor
 
 from trainer import tilting
 from trainer.label_density import LabelGrid
-from trainer.losses import kernel
 
 LearnedPrior = Literal["uniform", "stream", "weighted"]
 """What h(y|x) is proportional to: p(y|x) / p(y), p(y|x), or w(y) p(y|x)."""
@@ -199,6 +198,9 @@ class TiltedGrid:
         h is taken at the middle of a cell. That sum is exact to .1% as long as cells are narrower than two standard
         deviations of a component; a narrower component is widened to half a cell, or it could fall in between.
         """
+        parts = components.log_weights, components.means, components.scales
+        if tilting.takes(self.log_tilt, *parts):
+            return tilting.masses(parts, self._columns[:-1])
         means = components.means.float().contiguous()
         cells = torch.bucketize(means, self.edges[1:-1])
         scales = torch.maximum(components.scales.float(), self.half_widths[cells])
@@ -206,10 +208,7 @@ class TiltedGrid:
         # What is largest at the means is nearly always largest of all: without it, exp neither over- nor underflows.
         log_heights = log_heights - (log_heights + self.log_tilt[cells]).amax(1, keepdim=True)
         inverse = math.sqrt(0.5) / scales
-        if kernel.takes(means):
-            mass = kernel.mixture_masses(log_heights, means, inverse, self.centres, self.log_tilt)
-        else:
-            mass = _mixture_masses(log_heights, means, inverse, self.centres, self.log_tilt)
+        mass = _mixture_masses(log_heights, means, inverse, self.centres, self.log_tilt)
         total = mass.sum(1)
         lost = ~((total > _RELIABLE_TOTAL) & (total < _LARGEST_TOTAL))
         if mass.device.type != "cpu":  # which is not waited for, and has the time
@@ -425,7 +424,7 @@ def _masses(components: Components, grid: LabelGrid, learned_prior: LearnedPrior
 
 
 def _mixture_masses(log_heights: Tensor, means: Tensor, inverses: Tensor, centres: Tensor, log_tilt: Tensor) -> Tensor:
-    """`kernel.mixture_masses` by torch, where there is no kernel.
+    """Sums over components of exp(height + tilt - ((centre - mean) inverse)^2), (B, G).
 
     One component at a time in one buffer: a tile stays in cache, and only exp costs more than a pass over it.
     """

@@ -33,6 +33,21 @@ static int64_t cell_of(const float *edges, int64_t cells, float value) {
   return low - 1;
 }
 
+/* Adds exp(height + tilt - ((centre - mean) inverse)^2) to the masses of cells.
+ *
+ * The exponent is kept to where neither the power nor a sum of few of them leaves float32. */
+static inline void add_gaussian(int64_t cells, float height, float mean, float inverse, const float *centres,
+                                const float *tilts, float *restrict masses) {
+#pragma omp simd
+  for (int64_t j = 0; j < cells; j++) {
+    float distance = (centres[j] - mean) * inverse;
+    float power = ((tilts[j] + height) - distance * distance) * LOG2_E;
+    power = power > LOWEST_POWER ? power : LOWEST_POWER;
+    power = power < HIGHEST_POWER ? power : HIGHEST_POWER;
+    masses[j] += power_of_two(power);
+  }
+}
+
 /* Masses of the cells by logs in float64, the largest 1; the marginal where that is not finite. */
 static void write_careful_masses(const Component *components, int64_t count, int64_t cells, const float *centres,
                                  const float *log_tilt, const float *log_marginal, double *logs, float *mass) {
@@ -92,60 +107,88 @@ static double quantile(float level, int64_t cells, const float *mass, const doub
   return raw_edges[cell] + part * (raw_edges[cell + 1] - raw_edges[cell]);
 }
 
-/* Points and intervals of rows.
+/* What a grid tilts densities by: edges (cells + 1), centres, half_widths, log_tilt, log_marginal (cells) of a TiltedGrid. */
+typedef struct {
+  int64_t cells;
+  const float *edges, *centres, *half_widths, *log_tilt, *log_marginal;
+} Grid;
+
+/* Masses of the cells by one row's density, and their running sums as `write_sums` has them; returns the last one. */
+static double write_masses(const Grid *grid, int64_t count, const float *log_weights, const float *means,
+                           const float *scales, float *mass, double *sums) {
+  Component components[MOST_COMPONENTS];
+  float top = -INFINITY;
+  int usable = 1;
+  for (int64_t k = 0; k < count; k++) {
+    int64_t cell = cell_of(grid->edges, grid->cells, means[k]);
+    /* A component narrower than its cell could fall between the middles of cells. */
+    float scale = scales[k] < grid->half_widths[cell] ? grid->half_widths[cell] : scales[k];
+    components[k] = (Component){log_weights[k] - logf(scale), means[k], SQRT_HALF / scale};
+    float height = components[k].log_height + grid->log_tilt[cell];
+    top = height > top ? height : top;
+    usable &= isfinite(components[k].log_height) && isfinite(means[k]) && isfinite(scale);
+  }
+  /* What is largest at the means is nearly always largest of all: so nothing over- or underflows. */
+  for (int64_t k = 0; k < count; k++) components[k].log_height -= top;
+  double total = 0;
+  if (usable) {
+    memset(mass, 0, (size_t)grid->cells * sizeof *mass);
+    for (int64_t k = 0; k < count; k++)
+      add_gaussian(grid->cells, components[k].log_height, components[k].mean, components[k].inverse, grid->centres,
+                   grid->log_tilt, mass);
+    total = write_sums(grid->cells, mass, sums);
+  }
+  if (total > RELIABLE_TOTAL && total < LARGEST_TOTAL) return total;
+  write_careful_masses(components, count, grid->cells, grid->centres, grid->log_tilt, grid->log_marginal, sums, mass);
+  return write_sums(grid->cells, mass, sums);
+}
+
+/* Masses of the cells by each row's density.
  *
  * log_weights, means, scales: (rows, count) the heads' densities, count at most MOST_COMPONENTS.
- * edges (cells + 1), centres, half_widths, log_tilt, log_marginal (cells): of a TiltedGrid.
+ * edges, centres, half_widths, log_tilt, log_marginal: of a Grid.
+ * sums: (cells + 2) float64, to work in.
+ * masses: (rows, cells)
+ */
+void tilted_masses(int64_t rows, int64_t count, int64_t cells, const float *log_weights, const float *means,
+                   const float *scales, const float *edges, const float *centres, const float *half_widths,
+                   const float *log_tilt, const float *log_marginal, double *sums, float *masses) {
+  Grid grid = {cells, edges, centres, half_widths, log_tilt, log_marginal};
+  for (int64_t row = 0; row < rows; row++) {
+    int64_t at = row * count;
+    write_masses(&grid, count, log_weights + at, means + at, scales + at, masses + row * cells, sums);
+  }
+}
+
+/* Points and intervals of rows.
+ *
+ * log_weights to log_marginal: as in `tilted_masses`.
  * raw_edges: (cells + 1) float64, raw units.
  * offsets: (cells) of the centres from the first raw edge, for means; NULL for medians.
  * ends: the two levels of an interval, or NULL.
- * mass, logs: (cells), (cells + 2) float64, to work in.
+ * mass, sums: (cells), (cells + 2) float64, to work in.
  * answers: (1, rows) float64 points; with ends (3, rows): also lower and upper ends.
  */
 void tilted_answers(int64_t rows, int64_t count, int64_t cells, const float *log_weights, const float *means,
                     const float *scales, const float *edges, const float *centres, const float *half_widths,
                     const float *log_tilt, const float *log_marginal, const double *raw_edges, const float *offsets,
-                    const float *ends, float *mass, double *logs, double *answers) {
-  Component components[MOST_COMPONENTS];
+                    const float *ends, float *mass, double *sums, double *answers) {
+  Grid grid = {cells, edges, centres, half_widths, log_tilt, log_marginal};
   for (int64_t row = 0; row < rows; row++) {
-    float top = -INFINITY;
-    int usable = 1;
-    for (int64_t k = 0; k < count; k++) {
-      int64_t at = row * count + k, cell = cell_of(edges, cells, means[at]);
-      /* A component narrower than its cell could fall between the middles of cells. */
-      float scale = scales[at] < half_widths[cell] ? half_widths[cell] : scales[at];
-      components[k] = (Component){log_weights[at] - logf(scale), means[at], SQRT_HALF / scale};
-      float height = components[k].log_height + log_tilt[cell];
-      top = height > top ? height : top;
-      usable &= isfinite(components[k].log_height) && isfinite(means[at]) && isfinite(scale);
-    }
-    /* What is largest at the means is nearly always largest of all: so nothing over- or underflows. */
-    for (int64_t k = 0; k < count; k++) components[k].log_height -= top;
-    double total = 0;
-    if (usable) {
-      memset(mass, 0, (size_t)cells * sizeof *mass);
-      for (int64_t k = 0; k < count; k++)
-        add_gaussian(cells, components[k].log_height, components[k].mean, components[k].inverse, centres, log_tilt,
-                     mass);
-      total = write_sums(cells, mass, logs);
-    }
-    if (!(total > RELIABLE_TOTAL && total < LARGEST_TOTAL)) {
-      write_careful_masses(components, count, cells, centres, log_tilt, log_marginal, logs, mass);
-      total = write_sums(cells, mass, logs);
-    }
-    double point;
+    int64_t at = row * count;
+    double total = write_masses(&grid, count, log_weights + at, means + at, scales + at, mass, sums), point;
     if (offsets) {
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < cells; j++) sum += mass[j] * offsets[j];
       point = raw_edges[0] + sum / total;
     } else {
-      point = quantile(0.5f, cells, mass, logs, total, raw_edges);
+      point = quantile(0.5f, cells, mass, sums, total, raw_edges);
     }
     answers[row] = point;
     if (ends) {
-      double lower = quantile(ends[0], cells, mass, logs, total, raw_edges);
-      double upper = quantile(ends[1], cells, mass, logs, total, raw_edges);
+      double lower = quantile(ends[0], cells, mass, sums, total, raw_edges);
+      double upper = quantile(ends[1], cells, mass, sums, total, raw_edges);
       answers[rows + row] = lower < point ? lower : point;
       answers[2 * rows + row] = upper > point ? upper : point;
     }

@@ -18,9 +18,10 @@ def load(path: Path) -> ctypes.CDLL | None:
     if library is not None:
         pointer = ctypes.c_void_p
         library.scored_rows.argtypes = [*[ctypes.c_int64] * 2, *[pointer] * 5, ctypes.c_double, *[pointer] * 3]
-        library.scored_rows.restype = None
-        library.tilted_answers.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 14
-        library.tilted_answers.restype = None
+        library.tilted_answers.argtypes = [ctypes.c_int64] * 3 + [pointer] * 14
+        library.tilted_masses.argtypes = [ctypes.c_int64] * 3 + [pointer] * 10
+        for function in (library.scored_rows, library.tilted_answers, library.tilted_masses):
+            function.restype = None
     return library
 
 
@@ -41,6 +42,22 @@ def takes(log_tilt: Tensor, *components: Tensor) -> bool:
         and components[0].shape[1] <= MOST_COMPONENTS
         and not torch.compiler.is_compiling()
     )
+
+
+def masses(components: tuple[Tensor, Tensor, Tensor], grid: tuple[Tensor, ...]) -> Tensor:
+    """Masses of the cells by each row's density, (B, G) float32; see `trainer.predictive`.
+
+    Args:
+        components: log weights, means and scales, (B, K) each.
+        grid: as for `answers`, but for the raw edges.
+    """
+    assert _library is not None
+    given = [t.contiguous() for t in (*components, *grid)]
+    rows, count = components[0].shape
+    found = torch.empty(rows, len(grid[1]))
+    sums = torch.empty(len(grid[1]) + 2, dtype=torch.float64)
+    _library.tilted_masses(rows, count, len(grid[1]), *(t.data_ptr() for t in (*given, sums, found)))
+    return found
 
 
 def takes_masses(mass: Tensor) -> bool:

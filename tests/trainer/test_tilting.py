@@ -11,7 +11,16 @@ from torch import Tensor
 from trainer import tilting
 from trainer.compiled import library_of
 from trainer.label_density import LabelDensity, LabelGrid
-from trainer.predictive import Components, GridDensity, LearnedPrior, Point, TiltedGrid, predict
+from trainer.losses import mixture_of_outputs
+from trainer.predictive import (
+    Components,
+    GridDensity,
+    LearnedPrior,
+    Point,
+    TiltedGrid,
+    cell_probabilities,
+    predict,
+)
 
 pytestmark = pytest.mark.skipif(not tilting.is_loaded(), reason="it is not compiled here")
 ENDS = torch.tensor([0.05, 0.95])
@@ -165,3 +174,28 @@ def test_scores_of_rows_that_the_balance_tilts_out_of_reach_have_exact_answers(g
     assert found[5].isnan().tolist() == [True, False]
     exact = predict(narrow, density.grid, learned_prior="stream", balance=1.0)
     torch.testing.assert_close(density.scored(labels, ENDS).balanced.point, exact.point)
+
+
+def test_masses_of_cells_are_those_of_torch_whatever_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randn(5000, generator=generator, dtype=torch.float64).exp()
+    density = LabelDensity()
+    density.observe(labels)
+    outputs = 5 * torch.randn(300, 13, generator=generator)
+    outputs[7, 3], outputs[8, 5], outputs[9, 12], outputs[10] = torch.nan, torch.inf, 1e30, -1e30
+    mixture = mixture_of_outputs(outputs, 4, (1e-6, 1e3))
+    components = Components(mixture.log_weights, mixture.means, mixture.log_scales.exp(), 1.6, 2.1)
+    results = []
+    for by_torch in (True, False):
+        if by_torch:
+            monkeypatch.setattr(tilting, "_library", None)
+        results.append(
+            [
+                cell_probabilities(components, density.grid(), learned_prior="uniform", balance=balance)
+                for balance in (0.0, 0.5, 1.0)
+            ]
+        )
+        monkeypatch.undo()
+    for a, b in zip(*results, strict=True):
+        assert bool(a.isfinite().all())
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)

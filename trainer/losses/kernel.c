@@ -241,22 +241,6 @@ void shifted_rows(int64_t rows, int64_t candidates, const float *reference, cons
   }
 }
 
-/* `predictive.py`'s masses of cells: sums over components of exp(height + tilt - ((centre - mean) inverse)^2). A row with
- * a parameter that is not a number is not a number. */
-void mixture_masses(int64_t rows, int64_t components, int64_t cells, const float *heights, const float *means,
-                    const float *inverses, const float *centres, const float *tilts, float *masses) {
-  for (int64_t i = 0; i < rows; i++) {
-    float *mass = masses + i * cells;
-    memset(mass, 0, (size_t)cells * sizeof *mass);
-    for (int64_t k = i * components; k < (i + 1) * components; k++) {
-      if (isnan(heights[k] + means[k] + inverses[k]))
-        for (int64_t j = 0; j < cells; j++) mass[j] = NAN;
-      else
-        add_gaussian(cells, heights[k], means[k], inverses[k], centres, tilts, mass);
-    }
-  }
-}
-
 /* `mixture.py`'s parts of a mixture from a layer's outputs (3 K + 1 a row), all of them contiguous. */
 void mixture_parts(int64_t rows, int64_t components, const float *outputs, float low, float high, float *log_weights,
                    float *means, float *log_scales, float *location) {

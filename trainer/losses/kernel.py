@@ -23,15 +23,13 @@ def load(path: Path) -> ctypes.CDLL | None:
     library = opened(path, "mixture_losses")
     if library is None:
         return None
-    mixture_losses, mixture_masses = library.mixture_losses, library.mixture_masses
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    mixture_losses.argtypes = [count] * 4 + [pointer] * 9 + [number] * 3 + [pointer] * 6
-    mixture_losses.restype = ctypes.c_int
+    library.mixture_losses.argtypes = [count] * 4 + [pointer] * 9 + [number] * 3 + [pointer] * 6
+    library.mixture_losses.restype = ctypes.c_int
     library.mixture_parts.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 4
     library.mixture_outputs.argtypes = [count] * 2 + [pointer] + [number] * 2 + [pointer] * 6
     library.shifted_rows.argtypes = [count] * 2 + [pointer] * 4 + [number] + [pointer] * 3
-    mixture_masses.argtypes = [count] * 3 + [pointer] * 6
-    for function in (library.mixture_parts, library.mixture_outputs, library.shifted_rows, mixture_masses):
+    for function in (library.mixture_parts, library.mixture_outputs, library.shifted_rows):
         function.restype = None
     return library
 
@@ -128,23 +126,6 @@ def mixture_outputs(outputs: Tensor, log_weights: Tensor, low: float, high: floa
     pointers = (t.data_ptr() for t in (log_weights, *by_parts, by_outputs))
     _library.mixture_outputs(*log_weights.shape, outputs.data_ptr(), low, high, *pointers)
     return by_outputs
-
-
-def mixture_masses(log_heights: Tensor, means: Tensor, inverses: Tensor, centres: Tensor, log_tilt: Tensor) -> Tensor:
-    """Sums over components of exp(height + tilt - ((centre - mean) inverse)^2): (B, G); see `trainer.predictive`.
-
-    Args:
-        log_heights: (B, K).
-        means: (B, K).
-        inverses: (B, K) 1 / sqrt(2) scale.
-        centres: (G,) of the cells.
-        log_tilt: (G,) of the cells.
-    """
-    assert _library is not None
-    given = [t.contiguous() for t in (log_heights, means, inverses, centres, log_tilt)]
-    masses = means.new_empty(len(means), len(centres))
-    _library.mixture_masses(*means.shape, len(centres), *(t.data_ptr() for t in (*given, masses)))
-    return masses
 
 
 def shifted_rows(

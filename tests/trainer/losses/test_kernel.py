@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from trainer.compiled import library_of
-from trainer.label_density import LabelDensity
 from trainer.losses import bmc_loss, density_bmc_loss, kernel, mixture_of_outputs
-from trainer.predictive import Components, cell_probabilities
 
 
 @pytest.mark.skipif(not kernel.is_loaded(), reason="the kernel is not compiled here")
@@ -47,31 +45,6 @@ def test_a_mixture_and_its_gradient_are_those_of_torch(grad: str, monkeypatch: p
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     assert float((outputs[:, 6:9] < -2.3).float().mean()) > 0.05  # some scales are clamped
-
-
-def test_masses_of_cells_are_those_of_torch_whatever_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(2)
-    labels = torch.randn(5000, generator=generator, dtype=torch.float64).exp()
-    density = LabelDensity()
-    density.observe(labels)
-    outputs = 5 * torch.randn(300, 13, generator=generator)
-    outputs[7, 3], outputs[8, 5], outputs[9, 12], outputs[10] = torch.nan, torch.inf, 1e30, -1e30
-    mixture = mixture_of_outputs(outputs, 4, (1e-6, 1e3))
-    components = Components(mixture.log_weights, mixture.means, mixture.log_scales.exp(), 1.6, 2.1)
-    results = []
-    for by_torch in (True, False):
-        if by_torch:
-            monkeypatch.setattr(kernel, "_library", None)
-        results.append(
-            [
-                cell_probabilities(components, density.grid(), learned_prior="uniform", balance=balance)
-                for balance in (0.0, 0.5, 1.0)
-            ]
-        )
-        monkeypatch.undo()
-    for a, b in zip(*results, strict=True):
-        assert bool(a.isfinite().all())
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
