@@ -1,6 +1,5 @@
 """How the service is started and stopped: the address first, then uvicorn."""
 
-import gc
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from service.auth import check_reach
 from service.connection import Connection
 from trainer.config import ServiceSettings, Settings
 from trainer.errors import ConfigError, TailstreamError
+from trainer.memory import freeze_heap
 
 STOP_S: Final = 10  # longest wait for requests under way when the service is told to stop
 BACKLOG: Final = 2048
@@ -98,9 +98,7 @@ def answer_at(listener: socket.socket, settings: Settings) -> None:
     if not (decoding.is_loaded() and tilting.is_loaded()):
         log.warning("nothing is compiled: answers take several times as long; install with a C compiler at hand")
     server = Server(server_config(create_app(settings), settings.service), settings.service.drain_s)
-    # What has been imported and made stays: a collection that looks through all of it would hold up every request.
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
 
     # uvicorn raises the signal again once it has stopped; a handler of our own makes that an orderly return.
     def stop(number: int, frame: FrameType | None) -> None:

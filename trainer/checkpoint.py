@@ -33,6 +33,7 @@ from trainer.ranks import ALONE, Ranks
 from trainer.snapshot import Snapshot, SnapshotStore
 
 LARGEST_SHARE: Final = 0.05  # of the time, spent on saving
+BORROWED_S: Final = 0.5  # of that, at most, before its time has come: so one save that took long is not waited for
 RETRY_S: Final = 5.0  # after a save that failed
 LAST_RETRY_S: Final = 0.2  # the same when the trainer is about to stop
 
@@ -82,7 +83,7 @@ class Checkpoint:
     """Progress by partition, and the snapshots that make it durable together with the learner's state.
 
     Snapshots are written on a thread of their own from a copied state, one at a time, at least `store.interval_s`
-    apart and so far apart that saving takes at most a twentieth of the training's time.
+    apart and so far apart that saving takes at most a twentieth of the training's time, over some ten seconds.
 
     Attributes:
         progress: what the learner's state covers.
@@ -95,7 +96,8 @@ class Checkpoint:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="snapshot")
         self._save: _Save | None = None
         self._durable_steps = 0
-        self._next_s = 0.0
+        self._next_s = self._spent_until_s = 0.0
+        self._spent_s = 0.0  # on saving, beyond its share of the time until then
         self._next_reading_s = 0.0
         self._failing = ""
         self._drift_alarms = 0  # that have been said
@@ -321,8 +323,11 @@ class Checkpoint:
         except (OSError, StoreUnavailable) as error:
             self._failed(f"the snapshot could not be written to {self._parts.store.where}: {error}")
             return
-        cost_s = save.copied_s + processor_s
-        self._next_s = save.began_s + max(self._settings.store.interval_s, cost_s / LARGEST_SHARE)
+        self._spent_s = max(0.0, self._spent_s - LARGEST_SHARE * (save.began_s - self._spent_until_s))
+        self._spent_s += save.copied_s + processor_s
+        self._spent_until_s = save.began_s
+        pause_s = (self._spent_s - BORROWED_S) / LARGEST_SHARE
+        self._next_s = save.began_s + max(self._settings.store.interval_s, pause_s)
         self._note_durable(save.progress, save.steps)
         self._parts.source.commit(save.progress)
         self._parts.metrics.saved(

@@ -11,7 +11,7 @@ import typer
 
 from trainer.command import ConfigFile, explained, say
 from trainer.errors import ConfigError
-from trainer.memory import keep_freed
+from trainer.memory import freeze_heap, keep_freed
 
 if TYPE_CHECKING:
     from trainer.batching import Batch
@@ -170,6 +170,7 @@ def _run_all(
 
     torch.set_num_threads(settings.threads)
     keep_freed()
+    freeze_heap()
     runs: list[dict[str, Any]] = []
     answers: dict[str, Answers | ClassAnswers] = {}
     run_task = run_classes if settings.task == "classification" else run

@@ -25,7 +25,7 @@ from trainer.kafka_client import Producer, create_topic
 from trainer.learner import Learner
 from trainer.loop import train
 from trainer.losses import kernel
-from trainer.memory import keep_freed
+from trainer.memory import freeze_heap, keep_freed
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import BatchSource, ThreadedSource
 from trainer.ranks import joined, local_rank
@@ -85,6 +85,7 @@ def run(settings: Settings) -> None:
         if manifest is not None:
             check_same_topic(manifest, source.identity)
         turns = Turns(ranks, schema, lambda: dead_letters.full, lambda: learner.may_replay, stop.is_set)
+        freeze_heap()
         train(parts, checkpoint, turns)
         log.info("trainer stopped", samples=learner.samples)
 

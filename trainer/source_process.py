@@ -31,6 +31,7 @@ from trainer.batching import LONGEST_POLL_S, Batch, Batcher, Progress, Rejection
 from trainer.errors import ConfigError, SourceError, TailstreamError
 from trainer.kafka_client import TopicDescription
 from trainer.log import LogFormat, configure_logging
+from trainer.memory import freeze_heap
 from trainer.prefetch import BATCHES_AHEAD, JOIN_S, Patience, a_moment, fetched
 from trainer.schema import FeatureSchema
 from trainer.source import RecordSource, Standing
@@ -318,6 +319,7 @@ def _run(
     with suppress(OSError):  # the trainer is gone: nobody is left to tell
         try:
             source, batcher = make(stop)
+            freeze_heap()
             _Fetching(connection, source, _Ring(cast("memoryview", memory.buf), *shape), stop).run(batcher, max_wait_s)
             connection.send(_Ended())
         except BaseException as error:

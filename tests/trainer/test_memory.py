@@ -41,3 +41,21 @@ def faults(kept: bool) -> int:
 def test_pages_that_were_freed_are_not_faulted_in_again() -> None:
     assert faults(kept=False) > 10_000
     assert faults(kept=True) < 100
+
+
+COLLECTED = """
+import gc
+from trainer.memory import freeze_heap
+
+made = [[number] for number in range(100_000)]
+if {frozen}:
+    freeze_heap()
+print(len(gc.get_objects()))
+"""
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_frozen_is_not_searched_for_garbage(frozen: bool) -> None:
+    script = COLLECTED.format(frozen=frozen)
+    searched = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert (searched < 10_000) == frozen
