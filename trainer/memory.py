@@ -4,6 +4,7 @@ glibc returns large blocks to the system at once and takes them anew a moment la
 each return interrupts the other processors, and each page taken anew is a fault: some thousands of them a batch.
 """
 
+import atexit
 import ctypes
 import gc
 import sys
@@ -35,3 +36,4 @@ def freeze_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # what is never looked at is never let go of, and some libraries then report a leak

@@ -39,6 +39,7 @@ from trainer.files import as_json
 from trainer.kafka_client import Consumer, create_topic, describe_topic
 from trainer.learner import Learner
 from trainer.manifest import Manifest
+from trainer.memory import freeze_heap
 from trainer.schema import FeatureSchema
 from trainer.snapshot import open_store
 from trainer.source import TopicConsumer
@@ -176,6 +177,7 @@ def polled(settings: Settings, decode: bool) -> float:
     parts = describe_topic(settings.kafka, settings.kafka.topic).partitions
     consumer.assign(dict.fromkeys(parts, 0))
     batcher = Batcher(FeatureSchema.of(settings), settings.batch.size)
+    freeze_heap()  # as the process that reads does
     count = 0
     began = None
     try:
