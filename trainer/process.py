@@ -16,6 +16,7 @@ from typing import Final
 import structlog
 import torch
 
+from trainer import decoding, tilting
 from trainer.batching import Batcher
 from trainer.checkpoint import Checkpoint, Parts, check_same_topic
 from trainer.config import Settings
@@ -60,10 +61,9 @@ def run(settings: Settings) -> None:
             stack.enter_context(store.lock())
         port = metrics.serve(settings.trainer.metrics_host, _port_of_rank(settings.trainer.metrics_port))
         log.info("trainer started", device=str(device), store=store.where, metrics_port=port, pid=os.getpid())
-        if device.type == "cpu" and not kernel.is_loaded():
-            log.warning(
-                "the losses' kernel was not compiled: learning is slower; install again where there is a C compiler"
-            )
+        on_cpu = kernel.is_loaded() and tilting.is_loaded()  # which a CUDA device does without
+        if not decoding.is_loaded() or (device.type == "cpu" and not on_cpu):
+            log.warning("not all is compiled: learning is slower; install again where there is a C compiler")
         share = Share(ranks.number, ranks.count)
         topic = KafkaSource(settings.kafka, stop, share)
         metrics.watch_broker(lambda: topic.broker_up)
