@@ -38,7 +38,7 @@ TASKS: Final[Mapping[str, Callable[[Settings, FeatureSchema, torch.device], Task
 
 
 class Newest(NamedTuple):
-    """Rows of one batch beside their predictions, for people to look at."""
+    """The last rows of one batch beside their predictions, for people to look at."""
 
     time_s: NDArray[np.float64]
     label: NDArray[np.float64]
@@ -272,7 +272,9 @@ class Learner:
             case "forget":
                 self.task.forget(bool(self.drift.acting))
         self._scores.mul_(SCORE_DECAY).add_(tested.scores)
-        self._newest.append(Newest(fresh.time_s, fresh.host_label, tested.point))
+        last = slice(-NEWEST_SAMPLES, None)  # copied: a view would keep the whole batch
+        newest = fresh.time_s[last].copy(), fresh.host_label[last].copy(), tested.point[last].clone()
+        self._newest.append(Newest(*newest))
 
     def _memories(self, steps: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         """Slots of a label memory for each step, without those of its rows, whose labels are in the loss already."""

@@ -13,7 +13,7 @@ from torch import Tensor
 import trainer.regression
 from tests.trainer.stream import CLASSES, CPU, make_batches, make_learner, make_settings
 from trainer.batching import Batch
-from trainer.config import Settings
+from trainer.config import BatchSettings, Settings
 from trainer.learner import Learner
 
 ROWS = 8 * 32
@@ -291,6 +291,16 @@ def test_metrics_count_rows_that_were_predicted_before_they_were_learned() -> No
     labels = np.concatenate([batch.label for batch in batches])[-100:]
     times = np.concatenate([batch.time_s for batch in batches])[-100:]
     assert [(time, label) for time, label, _ in readings.newest] == list(zip(times, labels, strict=True))
+
+
+def test_what_people_look_at_does_not_keep_whole_batches_in_memory() -> None:
+    given_settings = settings_of("mixture bmc").model_copy(update={"batch": BatchSettings(size=1000)})
+    learner = trained(given_settings, make_batches(given_settings, 3000))
+    kept = [rows.prediction.untyped_storage().nbytes() // 8 for rows in learner._newest]
+    assert kept == 2 * [100]
+    for rows in learner._newest:
+        assert rows.label.base is None
+        assert rows.time_s.base is None
 
 
 def test_predictions_come_from_the_model_before_it_has_seen_the_batch() -> None:
