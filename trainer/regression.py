@@ -37,6 +37,7 @@ INTERVAL: Final = 0.9
 GRID_EVERY: Final = 4  # batches between refreshes of the label density that answers are made with, once it is settled
 GRID_SETTLED: Final = 24  # batches
 TRIED_EVERY: Final = 4  # of so many rows one is predicted by the weights that do not answer, to compare the two
+TRIED_ROWS: Final = 256  # of a batch, about as many at most
 SCORE_FLOOR: Final = -20.0  # natural logs per label standard deviation; one surprise must not decide for long
 EARLY_ROWS: Final = 1024  # up to which the location's squared error counts more than later, the fewer the more
 EARLY_TIMES: Final = 8.0  # as much, at most
@@ -112,7 +113,7 @@ class Regression:
         looks = self._device.type == "cpu"
         swapped = looks and bool(averaged_is_better)
         first, second = (self.averaged, self.model) if swapped else (self.model, self.averaged)
-        tried = slice(None, None, TRIED_EVERY if looks else 1)
+        tried = slice(None, None, max(TRIED_EVERY, len(label) // TRIED_ROWS) if looks else 1)
         density, reading = self._density(first, *rows)
         other, tried_reading = self._density(second, *(part[tried] for part in rows))
         answering = density if looks else other.where(averaged_is_better, density)
