@@ -107,12 +107,11 @@ class FeatureSchema:
         self._decode_scalar = msgspec.json.Decoder(Scalar).decode
         of_features = {name: f.kind for name, f in kinds.items()}
         self._plain_records = RecordsDecoder(of_features) if RecordsDecoder.takes(of_features) else None
-        beside = {settings.label: "label" if self.classes is None else "categorical"}
-        beside |= {settings.time: "categorical"} if settings.time else {}
-        fields = {**of_features, **beside}  # the order in which `_plain_parsed` finds them
-        twice = len(fields) < len(of_features) + len(beside)
-        takes = RecordsDecoder.takes(fields) and not twice
-        self._plain_labelled = RecordsDecoder(fields) if takes else None
+        beside = [(settings.label, "label" if self.classes is None else "categorical")]
+        beside += [(settings.time, "categorical")] if settings.time else []
+        fields = dict([*of_features.items(), *beside])  # the order in which `_plain_parsed` finds them
+        distinct = len(fields) == len(of_features) + len(beside)
+        self._plain_labelled = RecordsDecoder(fields) if distinct and RecordsDecoder.takes(fields) else None
         label_kind = "numeric" if self.classes is None else "categorical"
         roles = {settings.label: label_kind, settings.time: "timestamp", settings.id: "categorical"}
         self._kinds = {**{name: kind for name, kind in roles.items() if name}, **{n: f.kind for n, f in kinds.items()}}
@@ -130,10 +129,7 @@ class FeatureSchema:
             RecordError: with reason `not_json`, `wrong_type`, `not_finite` or `no_label`; for classes also
                 `unknown_class` or `too_many_classes`.
         """
-        row = self._row(self._record.get(self._parse(value)))
-        if math.isnan(row.label):
-            raise RecordError("no_label", f"the label {self.settings.label!r} is missing or null", self.settings.label)
-        return row
+        return self._labelled_row(self._parse(value))
 
     def parsed(self, values: Sequence[bytes]) -> Parsed:
         """The first half of what `decode` makes of records, by few steps a record; `labelled` is the second.
@@ -161,21 +157,24 @@ class FeatureSchema:
             raise explain(error) from None
 
     def _parsed_one_by_one(self, values: Sequence[bytes], places: Iterable[int]) -> Parsed:
-        objects, good = [], []
+        objects: dict[int, Any] = {}
         rejected: dict[int, RecordError] = {}
         for place in places:
             try:
-                parsed = self._parse(values[place])
-                if self._record.label([parsed]) == [None]:
-                    self.decode(values[place])  # which says so, or what else is wrong
+                objects[place] = self._parse(values[place])
             except RecordError as error:
                 rejected[place] = error
-            else:
-                objects.append(parsed)
-                good.append(place)
-        features = self._arranged(self._record, objects)
-        label, time_s = self._record.label(objects), _times(self._record.time(objects))
-        return Parsed(np.array(good, dtype=np.int64), features, label, time_s, rejected)
+        labels = self._record.label(list(objects.values()))
+        for place in [place for place, label in zip(objects, labels, strict=True) if label is None]:
+            rejected[place] = self._fault(objects.pop(place))
+        good = list(objects.values())
+        return Parsed(
+            np.array(list(objects), dtype=np.int64),
+            self._arranged(self._record, good),
+            [label for label in labels if label is not None],
+            _times(self._record.time(good)),
+            dict(sorted(rejected.items())),
+        )
 
     def _plain_parsed(self, values: Sequence[bytes]) -> tuple[Parsed | None, list[int]]:
         """Those of the values that are plain records, and the places of the others; None: msgspec is to read all."""
@@ -319,6 +318,20 @@ class FeatureSchema:
         )
         # The label last, so that no class is added for a record that is rejected.
         return Row(numeric, buckets, math.nan if label is None else self._label(label), _seconds(time))
+
+    def _labelled_row(self, record: Any) -> Row:
+        row = self._row(self._record.get(record))
+        if math.isnan(row.label):
+            raise RecordError("no_label", f"the label {self.settings.label!r} is missing or null", self.settings.label)
+        return row
+
+    def _fault(self, record: Any) -> RecordError:
+        """What is wrong with a record whose label is missing: that, or what is found before."""
+        try:
+            self._labelled_row(record)
+        except RecordError as error:
+            return error
+        raise AssertionError("a record without a label has a fault")
 
     def _label(self, value: str | int | float | bool) -> float:
         name = self.settings.label
