@@ -107,6 +107,20 @@ static double quantile(float level, int64_t cells, const float *mass, const doub
   return raw_edges[cell] + part * (raw_edges[cell + 1] - raw_edges[cell]);
 }
 
+/* A row's answer: its point, and with ends of an interval its lower and upper end, which never leave the point out.
+ *
+ * answers: (1, rows) or (3, rows).
+ */
+static void write_answer(int64_t rows, int64_t row, double point, const float *ends, int64_t cells, const float *mass,
+                         const double *sums, double total, const double *raw_edges, double *answers) {
+  answers[row] = point;
+  if (!ends) return;
+  double lower = quantile(ends[0], cells, mass, sums, total, raw_edges);
+  double upper = quantile(ends[1], cells, mass, sums, total, raw_edges);
+  answers[rows + row] = lower < point ? lower : point;
+  answers[2 * rows + row] = upper > point ? upper : point;
+}
+
 /* What a grid tilts densities by: edges (cells + 1), centres, half_widths, log_tilt, log_marginal (cells) of a TiltedGrid. */
 typedef struct {
   int64_t cells;
@@ -185,13 +199,7 @@ void tilted_answers(int64_t rows, int64_t count, int64_t cells, const float *log
     } else {
       point = quantile(0.5f, cells, mass, sums, total, raw_edges);
     }
-    answers[row] = point;
-    if (ends) {
-      double lower = quantile(ends[0], cells, mass, sums, total, raw_edges);
-      double upper = quantile(ends[1], cells, mass, sums, total, raw_edges);
-      answers[rows + row] = lower < point ? lower : point;
-      answers[2 * rows + row] = upper > point ? upper : point;
-    }
+    write_answer(rows, row, point, ends, cells, mass, sums, total, raw_edges, answers);
   }
 }
 
@@ -233,13 +241,9 @@ void scored_rows(int64_t rows, int64_t cells, const float *mass, const double *l
     if (label > raw_edges[cells]) beyond = label - raw_edges[cells];
     double level = (below + part * own[cell]) / total;
     double point = quantile(0.5f, cells, own, sums, total, raw_edges);
-    double lower = quantile(ends[0], cells, own, sums, total, raw_edges);
-    double upper = quantile(ends[1], cells, own, sums, total, raw_edges);
     found[row] = log(share > least ? share : least) - log(width + beyond);
     found[rows + row] = level > 1 ? 1 : level;
-    found[2 * rows + row] = point;
-    found[3 * rows + row] = lower < point ? lower : point;
-    found[4 * rows + row] = upper > point ? upper : point;
+    write_answer(rows, row, point, ends, cells, own, sums, total, raw_edges, found + 2 * rows);
 #pragma omp simd
     for (int64_t j = 0; j < cells; j++) tilted[j] = own[j] * factors[j];
     total = write_sums(cells, tilted, sums);

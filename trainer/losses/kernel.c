@@ -1,5 +1,5 @@
-/* The softmax over candidate labels on a CPU, in one pass over them: what `mixture_softmax`, `density`, `dense_softmax`
- * and `trainer.predictive` compute with torch in a dozen passes. `kernel.py` loads it; without it torch does the same.
+/* The softmax over candidate labels on a CPU, in one pass over them: what `mixture_softmax`, `density` and
+ * `dense_softmax` compute with torch in a dozen passes. `kernel.py` loads it; without it torch does the same.
  *
  * All arrays are contiguous, and float32 where nothing else is said. `hatch_build.py` makes a library of this file for each of several instruction
  * sets; `omp simd` lets the compiler sum in lanes, in an order that is fixed when it compiles. Nothing here allocates,
