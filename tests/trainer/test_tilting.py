@@ -2,14 +2,13 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.trainer.instructions import each_library
 from trainer import tilting
-from trainer.compiled import library_of
 from trainer.label_density import LabelDensity, LabelGrid
 from trainer.losses import mixture_of_outputs
 from trainer.predictive import (
@@ -68,15 +67,10 @@ def test_answers_are_those_of_torch(
 
 
 def test_every_instruction_set_gives_the_same_within_rounding(grid: LabelGrid, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     tilted = TiltedGrid.of(grid, 1030.0, 40.0, "uniform", 0.5)
     found = []
-    for name, flag in (("default", None), ("avx2", "avx2"), ("avx512", "avx512vl")):
-        if flag is None or flag in flags:
-            library = tilting.load(library_of(tilting.SOURCE, name))
-            assert library is not None
-            monkeypatch.setattr(tilting, "_library", library)
-            found.append(torch.stack(answers(tilted, components(4), "median", ENDS)))
+    for _ in each_library(tilting, monkeypatch):
+        found.append(torch.stack(answers(tilted, components(4), "median", ENDS)))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=2e-3)
 
@@ -146,18 +140,13 @@ def test_scores_are_those_of_torch(
 def test_scores_by_every_instruction_set_agree_and_depend_on_their_row_alone(
     grid: LabelGrid, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     labels, rows = labels_within_and_beyond(grid), slice(3, 20)
     density = GridDensity.of(components(4), grid, "uniform")
     part = replace(density, mass=density.mass[rows], total=density.total[rows])
     found = []
-    for name, flag in (("default", None), ("avx2", "avx2"), ("avx512", "avx512vl")):
-        if flag is None or flag in flags:
-            library = tilting.load(library_of(tilting.SOURCE, name))
-            assert library is not None
-            monkeypatch.setattr(tilting, "_library", library)
-            found.append(scored(density, labels))
-            assert all(torch.equal(own, found[-1][key][rows]) for key, own in scored(part, labels[rows]).items())
+    for _ in each_library(tilting, monkeypatch):
+        found.append(scored(density, labels))
+        assert all(torch.equal(own, found[-1][key][rows]) for key, own in scored(part, labels[rows]).items())
     for other in found[1:]:
         for key, values in other.items():
             torch.testing.assert_close(values, found[0][key], rtol=1e-6, atol=2e-3)

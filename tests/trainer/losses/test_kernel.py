@@ -1,29 +1,22 @@
 """The compiled kernel gives what torch does, and is left aside where it has no place."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from trainer.compiled import library_of
+from tests.trainer.instructions import each_library
 from trainer.losses import bmc_loss, density_bmc_loss, kernel, mixture_of_outputs
 
 
 @pytest.mark.skipif(not kernel.is_loaded(), reason="the kernel is not compiled here")
 def test_every_instruction_set_gives_the_same_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     generator = torch.Generator().manual_seed(0)
     outputs, labels = torch.randn(64, 13, generator=generator), torch.randn(600, generator=generator)
     answers = []
-    for name, flag in (("default", None), ("avx2", "avx2"), ("avx512", "avx512vl")):
-        if flag is None or flag in flags:
-            library = kernel.load(library_of(kernel.SOURCE, name))
-            assert library is not None
-            monkeypatch.setattr(kernel, "_library", library)
-            mixture = mixture_of_outputs(outputs.requires_grad_(), 4, (0.02, 1.5))
-            loss = density_bmc_loss(mixture, labels[:64], memory=labels[64:], reduction="none")
-            single = bmc_loss(mixture.location, labels[:64], 0.3, memory=labels[64:], reduction="none")
-            answers.append([loss, single, *torch.autograd.grad((loss + single).sum(), outputs)])
+    for _ in each_library(kernel, monkeypatch):
+        mixture = mixture_of_outputs(outputs.requires_grad_(), 4, (0.02, 1.5))
+        loss = density_bmc_loss(mixture, labels[:64], memory=labels[64:], reduction="none")
+        single = bmc_loss(mixture.location, labels[:64], 0.3, memory=labels[64:], reduction="none")
+        answers.append([loss, single, *torch.autograd.grad((loss + single).sum(), outputs)])
     for other in answers[1:]:
         for a, b in zip(other, answers[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
