@@ -2,8 +2,9 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from trainer.config import Settings
 from trainer.errors import OffsetsLost, PublishError, SnapshotCorrupt, SnapshotError, SnapshotMismatch
 from trainer.learner import Learner
 from trainer.loop import train
+from trainer.manifest import Manifest
 from trainer.metrics import TrainerMetrics
 from trainer.prefetch import ThreadedSource
 from trainer.ranks import ALONE
@@ -409,6 +411,65 @@ class Clock:
         return self.processor_s
 
 
+class Saves:
+    """A trainer that always has something to save, and saves that take as long as they are told to.
+
+    Attributes:
+        began_s: when each save began.
+        costs_s: what each took of the processor.
+    """
+
+    def __init__(self, trainer: Trainer, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began_s: list[float] = []
+        self.costs_s: list[float] = []
+        self._trainer, self._clock, self._monkeypatch = trainer, clock, monkeypatch
+
+    def run(self, turns: int, pause_s: float, takes_s: Callable[[int], float], busy: float = 1.0) -> None:
+        """So many turns.
+
+        Args:
+            turns: of training.
+            pause_s: between them.
+            takes_s: how long a save takes, by its number.
+            busy: share of that in which it takes a processor; for the rest the disk is waited for, which costs nothing.
+        """
+        write = self._trainer.store.write
+
+        def slow(*args: Any) -> Manifest:
+            taken_s = takes_s(len(self.began_s))
+            self.began_s.append(self._clock.now_s)
+            self.costs_s.append(busy * taken_s)
+            self._clock.now_s += taken_s
+            self._clock.processor_s += busy * taken_s
+            return write(*args)
+
+        self._monkeypatch.setattr(self._trainer.store, "write", slow)
+        rows = np.empty((0, 2), np.float32), np.empty((0, 1), np.int64), np.empty(0), np.empty(0)
+        for number in range(turns):
+            self._trainer.checkpoint.advance(Batch(*rows, {0: PartitionProgress(next_offset=number)}))
+            self._trainer.checkpoint.tick()
+            finish(self._trainer)
+            self._clock.now_s += pause_s
+        self._trainer.checkpoint.close()
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Between the beginnings."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.began_s)]
+
+    def assert_within_their_share(self) -> None:
+        """All saves that were followed by another took no more than they may, and than may be borrowed."""
+        share_s = LARGEST_SHARE * (self.began_s[-1] - self.began_s[0])
+        assert sum(self.costs_s[:-1]) <= share_s + BORROWED_S + 1e-9
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("trainer.checkpoint.time", clock)
+    return clock
+
+
 @pytest.mark.parametrize(
     ("interval_s", "writing_s", "busy", "apart_s"),
     [(0.5, 0.001, 1.0, 0.5), (0.5, 2.0, 1.0, 40.0), (60.0, 2.0, 1.0, 60.0), (0.5, 2.0, 0.1, 4.0)],
@@ -416,68 +477,31 @@ class Clock:
 def test_saves_are_so_far_apart_that_they_take_a_twentieth_of_the_time(
     tmp_path: Path,
     file: Path,
+    clock: Clock,
     monkeypatch: pytest.MonkeyPatch,
     interval_s: float,
     writing_s: float,
     busy: float,
     apart_s: float,
 ) -> None:
-    clock = Clock()
-    monkeypatch.setattr("trainer.checkpoint.time", clock)
-    trainer = Trainer(make_settings(tmp_path, interval_s=interval_s), file)
-    began: list[float] = []
-    real = trainer.store.write
-
-    def slow(*args: object) -> object:
-        began.append(clock.now_s)
-        clock.now_s += writing_s
-        clock.processor_s += (
-            busy * writing_s
-        )  # the rest of the time the disk is waited for, which costs training nothing
-        return real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(trainer.store, "write", slow)
-    rows = np.empty((0, 2), np.float32), np.empty((0, 1), np.int64), np.empty(0), np.empty(0)
-    for number in range(100):  # always something to save
-        trainer.checkpoint.advance(Batch(*rows, {0: PartitionProgress(next_offset=number)}))
-        trainer.checkpoint.tick()
-        finish(trainer)
-        clock.now_s += apart_s / 20
-    trainer.checkpoint.close()
-    gaps = [later - earlier for earlier, later in itertools.pairwise(began)]
-    assert len(gaps) >= 3
-    assert min(gaps[-2:]) >= apart_s - 1e-9  # at first some of the time to come is borrowed
-    assert max(gaps) <= 2 * apart_s + writing_s
+    saves = Saves(Trainer(make_settings(tmp_path, interval_s=interval_s), file), clock, monkeypatch)
+    saves.run(100, apart_s / 20, lambda number: writing_s, busy)
+    gaps_s = saves.gaps_s
+    assert len(gaps_s) >= 3
+    assert min(gaps_s[-2:]) >= apart_s - 1e-9  # at first some of the time to come is borrowed
+    assert max(gaps_s) <= 2 * apart_s + writing_s
+    saves.assert_within_their_share()
 
 
 def test_one_save_that_takes_long_does_not_hold_up_the_next(
-    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, file: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is made up for over time: all saves together take no more than a twentieth."""
-    clock = Clock()
-    monkeypatch.setattr("trainer.checkpoint.time", clock)
-    trainer = Trainer(make_settings(tmp_path, interval_s=0.5), file)
-    took_s: list[tuple[float, float]] = []
-    real = trainer.store.write
-
-    def slow(*args: object) -> object:
-        cost_s = 0.3 if len(took_s) % 40 == 20 else 0.015
-        took_s.append((clock.now_s, cost_s))
-        clock.processor_s += cost_s
-        return real(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(trainer.store, "write", slow)
-    rows = np.empty((0, 2), np.float32), np.empty((0, 1), np.int64), np.empty(0), np.empty(0)
-    for number in range(2000):
-        trainer.checkpoint.advance(Batch(*rows, {0: PartitionProgress(next_offset=number)}))
-        trainer.checkpoint.tick()
-        finish(trainer)
-        clock.now_s += 0.05
-    trainer.checkpoint.close()
-    assert len(took_s) > 100
-    assert max(later[0] - earlier[0] for earlier, later in itertools.pairwise(took_s)) < 1.0
-    share_s = LARGEST_SHARE * (took_s[-1][0] - took_s[0][0])
-    assert sum(cost_s for _, cost_s in took_s[:-1]) <= share_s + BORROWED_S
+    saves = Saves(Trainer(make_settings(tmp_path, interval_s=0.5), file), clock, monkeypatch)
+    saves.run(2000, 0.05, lambda number: 0.3 if number % 40 == 20 else 0.015)
+    assert len(saves.began_s) > 100
+    assert max(saves.gaps_s) < 1.0
+    saves.assert_within_their_share()
 
 
 def finish(trainer: Trainer) -> None:
